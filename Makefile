@@ -1,0 +1,64 @@
+# `make help` lists the targets. Set-up happens once, and again when a pyproject.toml or a pinned version changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+PLUGIN_FOLDERS := $(patsubst %/pyproject.toml,./%,$(PLUGINS))
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install compare test test-all gpu lint type dist clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.dev  ## Set up .venv with everything that tests and tools need
+
+compare: $(VENV)/.compare  ## Train one small model under every installed router; ARGS="--routers bip,topk"
+	$(BIN)/moerouters compare $(ARGS)
+
+test: lint type  ## Check style and types, run the fast tests, demand 95% line coverage
+	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
+
+test-all: lint type  ## The same with the slow tests
+	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term $(PYTEST_ARGS)
+
+gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev  ## Check types
+	$(BIN)/mypy
+
+dist: $(VENV)/.dev  ## Build and check wheel and sdist of every distribution into dist/
+	rm -rf dist
+	for folder in . $(PLUGIN_FOLDERS); do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
+	$(BIN)/python -m twine check --strict dist/*
+
+clean:  ## Remove everything that the other targets made
+	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name '*.egg-info' -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "moerouters needs Python 3.11 or newer, and '$(PYTHON)' is not." >&2; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.compare: pyproject.toml constraints.txt $(PLUGINS) | $(BIN)/python
+	@echo "Installing into $(VENV), which takes some minutes the first time."
+	$(PIP_INSTALL) -e '.[lab]' $(addprefix -e ,$(PLUGIN_FOLDERS))
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt requirements-dev.txt $(PLUGINS) | $(BIN)/python
+	@echo "Installing into $(VENV), which takes some minutes the first time."
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@ $(VENV)/.compare

@@ -1,0 +1,177 @@
+"""Training one model under one router, one optimizer step at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moerouters.attach import attach
+from moerouters.errors import MoeroutersError
+from moerouters.lab.batches import training_windows, validation_windows
+from moerouters.lab.clock import RouterClock
+from moerouters.lab.corpus import Corpus
+from moerouters.lab.history import History
+from moerouters.lab.model import LanguageModel, ModelOutput
+from moerouters.lab.ranks import Ranks
+from moerouters.lab.roster import Entrant
+from moerouters.lab.settings import Settings
+from moerouters.metrics import max_violation
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms only, for as long as the block lasts; the process's own choice is restored after."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Filling every fresh tensor with NaN finds bugs and changes no result; it would be measured as step time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        # Of the attention kernels these two have a deterministic backward on every device.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Trainer:
+    """The model, optimizer and history of one run. `step` counts finished optimizer steps."""
+
+    def __init__(
+        self,
+        entrant: Entrant,
+        *,
+        seed: int,
+        settings: Settings,
+        corpus: Corpus,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    ) -> None:
+        self.settings, self.corpus, self.device, self.ranks, self.seed = settings, corpus, device, ranks, seed
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            routers = [entrant.build(settings) for _ in range(settings.num_layers)]
+            torch.manual_seed(seed)  # again: the weights must not hang on what a router drew
+            self.model = LanguageModel(settings, routers).to(device)
+        self.optimizer = _adamw(self.model, settings)
+        self.handle = attach(self.optimizer, self.model, loss_mode="collect")
+        self.clock = RouterClock(self.handle.layers.values(), device)
+        self.history = History()
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return len(self.history)
+
+    def train_step(self) -> None:
+        """One optimizer step. Raises NonFiniteLogits, naming the layer, or MoeroutersError for a loss that is NaN."""
+        self.clock.take_ms()
+        began = time.perf_counter()
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(s, self.step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, loads = zip(*(self._micro_batch(index) for index in range(s.accumulation_steps)), strict=True)
+        self.ranks.average_gradients(self.model.parameters())
+        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)
+        self.optimizer.step()  # attach's hook checks the logits and updates the routers
+        loss = float(self.ranks.sum(torch.stack(losses).mean())) / self.ranks.size
+        if not math.isfinite(loss):
+            raise MoeroutersError(
+                f"the training loss of step {self.step + 1} is {loss}.",
+                why="the logits of every gate are finite, so it is the model's output or a router's own loss",
+                fix="lower the learning rate, or the coefficient of the router's loss",
+            )
+        step_ms = (time.perf_counter() - began) * 1e3
+        self._remember(loss, self.ranks.sum(torch.stack(loads)), step_ms)
+
+    def _micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch: its cross-entropy (float64 0-d), its loads [L, E] on this rank."""
+        s = self.settings
+        windows = training_windows(
+            self.corpus.train,
+            seed=self.seed,
+            step=self.step,
+            micro_batch=index,
+            count=s.micro_batch_size,
+            length=s.sequence_length,
+        )
+        # Ranks hold different tokens of a micro-batch and must not draw the same noise for them.
+        noise_key = torch.tensor([self.seed, self.step, index * self.ranks.size + self.ranks.rank])
+        cross_entropy, output = self._forward(self.ranks.part(windows), noise_key)
+        ((cross_entropy + output.aux_loss()) / s.accumulation_steps).backward()
+        return cross_entropy.detach().double(), torch.stack([a.load_E for a in output.assignments])
+
+    def _forward(self, windows: Tensor, noise_key: Tensor | None) -> tuple[Tensor, ModelOutput]:
+        windows = windows.to(self.device)
+        key = None if noise_key is None else noise_key.to(self.device)
+        autocast = self.settings.bf16 and self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
+            output: ModelOutput = self.model(windows[:, :-1], key)
+        return F.cross_entropy(output.logits_BSV.float().flatten(0, 1), windows[:, 1:].flatten()), output
+
+    def _remember(self, loss: float, loads_ALE: Tensor, step_ms: float) -> None:
+        history = self.history
+        history.loads.append(torch.stack(list(self.handle.loads.values())).cpu())
+        history.micro_max_vio.append(max_violation(loads_ALE).cpu())
+        history.train_loss.append(torch.tensor(loss, dtype=torch.float64))
+        history.step_ms.append(torch.tensor(step_ms, dtype=torch.float64))
+        history.router_ms.append(torch.tensor(self.clock.take_ms(), dtype=torch.float64))
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean cross-entropy in nats per byte over the fixed held-out windows, in eval mode."""
+        s = self.settings
+        self.model.eval()
+        windows = validation_windows(
+            self.corpus.validation, count=s.validation_sequences, length=s.sequence_length
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in windows[self.ranks.rank :: self.ranks.size].split(s.micro_batch_size):
+            cross_entropy, _ = self._forward(batch, None)
+            total += cross_entropy.double() * len(batch)
+        return float(self.ranks.sum(total)) / len(windows)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, and the history; loadable with weights_only=True."""
+        return {
+            "model": self.model.state_dict(),  # the routers' state with it
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history.tensors(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned in a run of the same settings."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = History.of(state["history"])
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Of the given step, counted from 0: linear warm-up, then a cosine down to `final_rate` of the peak."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+
+def _adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)

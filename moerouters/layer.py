@@ -1,0 +1,124 @@
+"""A mixture-of-experts layer on one page.
+
+x_TD --gate--> logits_TE --router--> Assignment --plan--> DispatchPlan
+     --dispatch--> x_RD --experts--> y_RD --combine--> y_TD
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moerouters.capacity import DropPolicy, limit_capacity
+from moerouters.dispatch.base import Dispatcher
+from moerouters.dispatch.local import LocalDispatcher
+from moerouters.dispatch.plan import make_plan
+from moerouters.errors import ShapeError
+from moerouters.experts import Activation, GroupedExperts
+from moerouters.losses import LossMode
+from moerouters.routed import RoutedModule
+from moerouters.router import Router
+from moerouters.types import Assignment, RouteContext
+
+
+class MoEOutput(NamedTuple):
+    """What a MoELayer returns."""
+
+    hidden: Tensor
+    """In the shape and dtype of the input."""
+    assignment: Assignment
+    """Who went where. With loss_mode='collect' add `assignment.losses` to the training loss."""
+
+
+class MoELayer(RoutedModule):
+    """Gate, router, experts. Takes [T, D] or [B, S, D]; D is `hidden_size`, each expert is `expert_size` wide.
+
+    loss_mode: `collect` hands the router's losses out in the assignment, `inject` feeds them to the backward pass (see
+    `moerouters.losses`). capacity_factor: None drops nothing; c keeps ceil(c * T * K / E) tokens per expert.
+    shared_size: width of a shared expert that sees every token; 0 for none.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        hidden_size: int,
+        expert_size: int,
+        activation: Activation = "swiglu",
+        shared_size: int = 0,
+        capacity_factor: float | None = None,
+        drop_policy: DropPolicy = "position",
+        loss_mode: LossMode = "collect",
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        num_experts = router.gating.num_experts
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.experts = GroupedExperts(
+            num_experts, hidden_size=hidden_size, expert_size=expert_size, activation=activation
+        )
+        self.shared = (
+            GroupedExperts(1, hidden_size=hidden_size, expert_size=shared_size, activation=activation)
+            if shared_size
+            else None
+        )
+        self.dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
+        self.capacity_factor = capacity_factor
+        self.drop_policy: DropPolicy = drop_policy
+        self._set_router(router, hidden_size=hidden_size, loss_mode=loss_mode)
+
+    def forward(self, x: Tensor, ctx: RouteContext = RouteContext()) -> MoEOutput:
+        if x.shape[-1] != self.gate.in_features:
+            raise ShapeError(
+                f"the layer got hidden states of width {x.shape[-1]}, it was built with {self.gate.in_features}.",
+                why="x is [tokens, hidden_size] or [batch, sequence, hidden_size]",
+                fix=f"build the layer with hidden_size={x.shape[-1]}",
+            )
+        x_TD = x.reshape(-1, x.shape[-1])
+        ctx = _with_layer_context(ctx, x, x_TD)
+
+        logits_TE = self._logits(x_TD)
+        assignment = self.router(logits_TE, ctx)
+        if self.capacity_factor is not None:
+            assignment = limit_capacity(assignment, self._capacity(x_TD.shape[0]), self.drop_policy)
+        assignment = self._account(assignment)
+        plan = make_plan(assignment)
+        x_RD, load_e = self.dispatcher.dispatch(x_TD, plan)
+        y_RD = self.experts(x_RD, load_e)
+        y_TD = self.dispatcher.combine(y_RD, plan, assignment.weights)
+        if self.shared is not None:
+            everything = torch.full((1,), x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
+            y_TD = y_TD + self.shared(x_TD, everything)
+        return MoEOutput(y_TD.to(x.dtype).reshape(x.shape), assignment)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        """The gate projection in float32 (float64 for float64), also under autocast: bf16 logits tie and flip ids."""
+        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))
+
+    def _router_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.gate.parameters()
+        yield from self.router.parameters()
+
+    def _capacity(self, num_tokens: int) -> int:
+        assert self.capacity_factor is not None
+        gating = self.router.gating
+        return math.ceil(self.capacity_factor * num_tokens * gating.top_k / gating.num_experts)
+
+
+def _with_layer_context(ctx: RouteContext, x: Tensor, x_TD: Tensor) -> RouteContext:
+    """Add what only the layer knows: its input, and for [B, S, D] which sequence a token belongs to."""
+    if ctx.hidden_TD is None:
+        ctx = replace(ctx, hidden_TD=x_TD)
+    if ctx.sequence_ids_T is None and x.dim() == 3:
+        B, S = x.shape[0], x.shape[1]
+        ids_T = torch.arange(B, device=x.device).unsqueeze(1).expand(B, S).reshape(-1)
+        ctx = replace(ctx, sequence_ids_T=ids_T, num_sequences=B)
+    return ctx

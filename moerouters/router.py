@@ -1,0 +1,158 @@
+"""Router: the template every router fills in. Override only the stages you change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from moerouters.capabilities import Capabilities
+from moerouters.errors import UnsupportedError
+from moerouters.gating import Gating, take_along_experts
+from moerouters.kernels.counts import count_experts
+from moerouters.state import StatefulModule
+from moerouters.types import Assignment, RouteContext, Routing, Selection
+
+
+class Router(StatefulModule):
+    """Chooses experts for tokens.
+
+        logits_TE --gating.prepare, score--> scores_TE --bias_E, adjust--> adjusted_TE --select--> ids
+                  --gating.weigh(scores_TE)--> weights --losses, observe--> Assignment
+
+    `forward` is pure: the same input, state and context give the same bits, and nothing is written. State changes only
+    in `update`, once per optimizer step. In every stage `ctx.valid_T` is a tensor: False for padding and for tokens
+    whose logits are not finite.
+    """
+
+    capabilities: Capabilities = Capabilities()
+    """What this router promises; an instance may set its own where a config changes the promise."""
+    reads: ClassVar[frozenset[str]] = frozenset({"adjusted_TE", "cutoff_T"})
+    """Optional fields of Routing that losses and observe read; what is not read is not computed."""
+
+    def __init__(self, gating: Gating) -> None:
+        super().__init__()
+        self.gating = gating
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            raise TypeError(f"{cls.__name__} overrides Router.forward, which is final: override a stage instead")
+
+    # The stages, in the order of the flow.
+
+    def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor | None:
+        """[E], added to every token's scores before selection; None for no bias. Never carries a gradient."""
+        return None
+
+    def adjust(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
+        """[T, E] scores that selection uses; gets the scores with `bias_E` already added. -inf is never chosen."""
+        return scores_TE
+
+    def select(self, adjusted_TE: Tensor, ctx: RouteContext) -> Selection:
+        """Choose experts from adjusted scores (no gradient flows through them).
+
+        Default: top-k inside the groups the gating allows, slots by falling adjusted score.
+        """
+        K, E = self.gating.top_k, self.gating.num_experts
+        limited_TE = self.gating.limit(adjusted_TE)
+        wanted = K + 1 if K < E and "cutoff_T" in self.reads else K
+        ids = self.gating.top(limited_TE, wanted)
+        top = take_along_experts(limited_TE, ids)
+        ids_TK = torch.where(top[:, :K] == -float("inf"), E, ids[:, :K])
+        return Selection.slots(ids_TK, top[:, K] if wanted > K else None)
+
+    def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        """0-d losses, scaled by the router's own coefficients. Called in training only."""
+        return {}
+
+    def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        """What `update` needs of this forward: tensors of fixed shape that add up over micro-batches and ranks.
+
+        Called in training only, and not for forced assignments. Integers stay integers.
+        """
+        return {}
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        """Learn from the sums of `observe` over one optimizer step and all ranks; write state buffers in place."""
+
+    # The template.
+
+    @final  # type: ignore[misc]  # nn.Module declares forward as an attribute; __init_subclass__ enforces it as well
+    def forward(self, logits_TE: Tensor, ctx: RouteContext = RouteContext()) -> Assignment:
+        """Route [T, E] logits. Returns an Assignment whose losses and stats are empty in eval mode."""
+        self._check_dtype(logits_TE)
+        logits_TE = self.gating.prepare(logits_TE)
+        scores_TE = self.gating.score(logits_TE)
+        finite_T = torch.isfinite(logits_TE).all(dim=-1)
+        real_T = torch.ones_like(finite_T) if ctx.valid_T is None else ctx.valid_T
+        stage_ctx = replace(ctx, valid_T=finite_T & real_T)
+
+        bias_E: Tensor | None = None
+        adjusted_TE: Tensor | None = None
+        if ctx.forced_ids_TK is not None:
+            selection = Selection.slots(ctx.forced_ids_TK)
+        else:
+            with torch.no_grad():
+                bias_E, adjusted_TE = self._adjusted(scores_TE.detach(), stage_ctx)
+                selection = self.select(adjusted_TE, stage_ctx)
+        selection = self._without_padding(selection, real_T)
+        weights = self._weigh(scores_TE, selection)
+        # A token that is not finite keeps its place and its NaN weight: hiding it would let a broken gate train on.
+        load_E = count_experts(selection.expert_ids, self.gating.num_experts)
+
+        routing = Routing(
+            logits_TE=logits_TE, scores_TE=scores_TE, bias_E=bias_E, selection=selection, weights=weights,
+            load_E=load_E, adjusted_TE=adjusted_TE if "adjusted_TE" in self.reads else None,
+        )  # fmt: skip
+        learning = self.training
+        observing = learning and ctx.forced_ids_TK is None
+        return Assignment(
+            kind=selection.kind,
+            num_tokens=logits_TE.shape[0],
+            num_experts=self.gating.num_experts,
+            expert_ids=selection.expert_ids,
+            weights=weights,
+            token_ids_N=selection.token_ids_N,
+            load_E=load_E,
+            tokens=(finite_T & real_T).sum(),
+            nonfinite=(~finite_T & real_T).sum(),
+            losses=self.losses(routing, stage_ctx) if learning else {},
+            stats=_detached(self.observe(routing, stage_ctx)) if observing else {},
+        )
+
+    def _adjusted(self, scores_TE: Tensor, ctx: RouteContext) -> tuple[Tensor | None, Tensor]:
+        bias_E = self.bias_E(scores_TE, ctx)
+        biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
+        if self.gating.settings.correction_bias:
+            biased_TE = biased_TE + self.gating.correction_bias_E
+        return bias_E, self.adjust(biased_TE, ctx)
+
+    def _weigh(self, scores_TE: Tensor, selection: Selection) -> Tensor:
+        if selection.token_ids_N is not None:
+            return self.gating.weigh_pairs(scores_TE, selection.token_ids_N, selection.expert_ids)
+        return self.gating.weigh(scores_TE, selection.expert_ids)
+
+    def _without_padding(self, selection: Selection, real_T: Tensor) -> Selection:
+        real = real_T.unsqueeze(1) if selection.token_ids_N is None else real_T.index_select(0, selection.token_ids_N)
+        return replace(selection, expert_ids=torch.where(real, selection.expert_ids, self.gating.num_experts))
+
+    def _check_dtype(self, logits_TE: Tensor) -> None:
+        name = str(logits_TE.dtype).removeprefix("torch.")
+        if name not in self.capabilities.dtypes:
+            raise UnsupportedError(
+                f"{type(self).__name__} was given {name} logits.",
+                why=f"it declares {', '.join(sorted(self.capabilities.dtypes))}",
+                fix="cast the logits, float32 is what gates usually give",
+            )
+
+    def extra_repr(self) -> str:
+        config = getattr(self, "config", None)
+        return "" if config is None else f"config={config!r}"
+
+
+def _detached(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in stats.items()}

@@ -1,0 +1,86 @@
+"""Record who went where, and replay it: routing as data, by layer name.
+
+Reinforcement learning needs the trainer to route as the sampler did (router replay, R3), debugging needs a run to be
+repeated. A trace is a safetensors file of small integers, never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moerouters.errors import TraceError
+from moerouters.types import Assignment, RouteContext
+
+_SCHEMA = "moerouters.trace/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingTrace:
+    """The chosen expert ids of one forward pass, per layer."""
+
+    expert_ids: Mapping[str, Tensor]
+    """Layer name to [T, K] in the smallest integer dtype that holds E (the empty slot), on the CPU."""
+    num_experts: Mapping[str, int]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with a versioned schema."""
+        meta = {"schema": _SCHEMA, "num_experts": json.dumps(dict(self.num_experts))}
+        save_file({name: ids.contiguous() for name, ids in self.expert_ids.items()}, path, metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingTrace:
+        """Read what `save` wrote; raises TraceError for any other file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                ids = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
+        except (OSError, SafetensorError) as error:
+            raise TraceError(f"cannot read the trace '{path}'.", why=str(error), fix="pass a saved trace") from error
+        if meta.get("schema") != _SCHEMA:
+            raise TraceError(
+                f"'{path}' is no routing trace.",
+                why=f"its schema is {meta.get('schema')!r}, expected {_SCHEMA!r}",
+                fix="pass a file that RoutingTrace.save wrote",
+            )
+        return cls(expert_ids=ids, num_experts=json.loads(meta["num_experts"]))
+
+
+def record(assignments: Mapping[str, Assignment]) -> RoutingTrace:
+    """Keep the ids of each layer's assignment (slots; before any capacity limit, which replay applies again)."""
+    ids = {name: _smallest(a.expert_ids_TK.detach().cpu(), a.num_experts) for name, a in assignments.items()}
+    return RoutingTrace(expert_ids=ids, num_experts={name: a.num_experts for name, a in assignments.items()})
+
+
+def replay(
+    trace: RoutingTrace,
+    layer: str,
+    *,
+    ctx: RouteContext = RouteContext(),
+    device: torch.device | str = "cpu",
+) -> RouteContext:
+    """ctx with the recorded ids of `layer` forced. Weights are computed anew, so gradients reach the gate."""
+    from dataclasses import replace
+
+    if layer not in trace.expert_ids:
+        raise TraceError(
+            f"the trace has no layer '{layer}'.",
+            why=f"it was recorded with: {', '.join(sorted(trace.expert_ids))}",
+            fix="replay under the names that were recorded",
+        )
+    return replace(ctx, forced_ids_TK=trace.expert_ids[layer].to(device=device, dtype=torch.int64))
+
+
+def _smallest(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """uint8 overflows at 256 experts, a bug that three frameworks shipped: the dtype follows from E itself."""
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        if num_experts <= torch.iinfo(dtype).max:
+            return ids_TK.to(dtype)
+    return ids_TK

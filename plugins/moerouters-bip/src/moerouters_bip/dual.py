@@ -1,0 +1,110 @@
+"""Dual iterations of the balanced assignment problem (arXiv:2502.15451).
+
+    max  sum_te s_te x_te   subject to   sum_e x_te = K for every token,   sum_t x_te = n K / E for every expert
+
+Its Lagrange dual is D(p, q) = K sum_t p_t + (n K / E) sum_e q_e + sum_te max(0, s_te - p_t - q_e). For a fixed q the
+best p_t is any point between the K-th and the (K+1)-th largest of s_t - q; for a fixed p the best q_e is the
+corresponding order statistic of column e of s - p. Alternating the two is coordinate descent on D; a token then goes
+to its K largest s - q, and only q, one number per expert, is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Variant = Literal["centred", "published"]
+_LOWEST = -float("inf")
+
+
+def solve_dual(
+    scores_TE: Tensor,
+    dual_E: Tensor,
+    *,
+    top_k: int,
+    iterations: int,
+    variant: Variant = "centred",
+    valid_T: Tensor | None = None,
+    limit: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """q after `iterations` dual steps from dual_E, in the dtype of the scores; [E].
+
+    valid_T: bool [T], tokens that count (padding does not). limit: maps s - q to itself with -inf outside a token's
+    kept groups (`Gating.limit`). Tokens without a (K+1)-th candidate have nothing to decide and are left out; with no
+    token left, or K = E, dual_E comes back unchanged. Any n K / E: ranks are fractional where it is not whole.
+    """
+    T, E = scores_TE.shape
+    start_E = dual_E.to(scores_TE.dtype)
+    if top_k >= E or T == 0:
+        return start_E
+    if valid_T is None:
+        valid_T = torch.ones(T, dtype=torch.bool, device=scores_TE.device)
+    q_E = start_E
+    for _ in range(iterations):
+        candidates_TE = scores_TE - q_E
+        if limit is not None:
+            candidates_TE = limit(candidates_TE)
+        top_TK = candidates_TE.topk(top_k + 1, dim=-1).values
+        counted_T = valid_T & (top_TK[:, top_k] > _LOWEST)
+        # What a token that does not count holds is never read, but must not be NaN: -inf - -inf is.
+        top_TK = torch.where(counted_T.unsqueeze(1), top_TK, 0.0)
+        p_T = _token_threshold(top_TK, variant)
+        # All experts bid for the token, also those outside its kept groups: which groups are kept depends on q, and an
+        # expert that only bids where its group already won would stay starved for ever.
+        excess_ET = torch.where(counted_T.unsqueeze(1), scores_TE - p_T.unsqueeze(1), _LOWEST).t().contiguous()
+        q_E = _expert_threshold(excess_ET, counted_T.sum(), q_E, top_k=top_k, variant=variant)
+    return q_E
+
+
+def dual_objective(scores_TE: Tensor, dual_E: Tensor, *, top_k: int) -> Tensor:
+    """0-d: min over p of D(p, q) = sum over tokens of the K largest s - q, plus (T K / E) sum(q).
+
+    An upper bound on the score of every balanced assignment, tight at the optimal q (weak and strong duality).
+    """
+    T, E = scores_TE.shape
+    best_TK = (scores_TE - dual_E).topk(top_k, dim=-1).values
+    return best_TK.sum() + T * top_k / E * dual_E.sum()
+
+
+def _token_threshold(top_TK: Tensor, variant: Variant) -> Tensor:
+    """p_T from each token's K+1 largest candidates."""
+    if variant == "published":
+        return top_TK[:, -1].clamp_min(0)
+    return (top_TK[:, -2] + top_TK[:, -1]) / 2
+
+
+def _expert_threshold(excess_ET: Tensor, tokens: Tensor, q_E: Tensor, *, top_k: int, variant: Variant) -> Tensor:
+    """The next q: per expert the value that about tokens * K / E of its row exceed.
+
+    `tokens` is a 0-d tensor, so ranks are found without a host synchronisation; they are bounded by the rank for all T
+    tokens, which is known on the host and keeps topk small (a full sort costs 8 times as much at K/E = 1/8).
+    """
+    E, T = excess_ET.shape
+    falling_ET = excess_ET.topk(min(T, (T * top_k) // E + 2), dim=-1).values
+    places = (excess_ET > _LOWEST).sum(dim=-1)
+    if variant == "published":
+        q = _pick(falling_ET, (tokens * top_k) // E, places).clamp_min(0)
+    else:
+        # The middle of the gap between rank c and c + 1, c = tokens K / E, and its continuation to fractional c: place
+        # c + 1/2 counted from 1. A threshold that *is* a token's value would tie with that token; in the gap none does.
+        doubled = 2 * tokens * top_k + E
+        rank = torch.div(doubled, 2 * E, rounding_mode="floor")
+        fraction = (doubled % (2 * E)).to(q_E.dtype) / (2 * E)
+        upper, lower = _pick(falling_ET, rank - 1, places), _pick(falling_ET, rank, places)
+        q = upper + (lower - upper) * fraction
+    # An expert that no token may reach keeps its value.
+    q = torch.where((places > 0) & (tokens > 0), q, q_E)
+    if variant == "published":
+        return q
+    # Top-K sees differences of q only; without this the common offset would drift from batch to batch.
+    return torch.where(tokens > 0, q - q.mean(), q)
+
+
+def _pick(falling_ET: Tensor, index: Tensor, places_E: Tensor) -> Tensor:
+    """falling_ET[e, index], or the last real entry of a row that has fewer; -inf rows give anything finite."""
+    at_E = torch.minimum(index, places_E - 1).clamp(0, falling_ET.shape[1] - 1)
+    picked_E = falling_ET.gather(1, at_E.unsqueeze(1)).squeeze(1)
+    return torch.where(places_E > 0, picked_E, 0.0)

@@ -1,0 +1,59 @@
+"""The bip router: the dual vector q as a bias per expert, solved for the batch at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moerouters import Capabilities, Gating, RouteContext, Router, Routing
+from moerouters.capabilities import LoadScope, StateAlgebra
+from moerouters_bip.config import BipConfig
+from moerouters_bip.dual import solve_dual
+
+
+class BipRouter(Router):
+    """Routes a token to the K largest s - q. In training q is solved on the batch itself, from the committed q.
+
+    After the step the committed q becomes the token-weighted mean of the solutions of all micro-batches and ranks. In
+    eval mode the committed q is used as it is, so a token's experts do not depend on its batch.
+    """
+
+    capabilities = Capabilities(
+        state=StateAlgebra.MEAN_OF_SOLVES, load_scope=LoadScope.LOCAL, causal=False, eval_batch_invariant=True
+    )
+    reads: ClassVar[frozenset[str]] = frozenset()
+    dual_E: Tensor
+
+    def __init__(self, gating: Gating, config: BipConfig = BipConfig()) -> None:
+        super().__init__(gating)
+        self.config = config
+        self.register_state("dual_E", gating.num_experts)
+
+    def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
+        if not self.training:
+            return -self.dual_E
+        gating = self.gating
+        if gating.settings.correction_bias:
+            scores_TE = scores_TE + gating.correction_bias_E
+        return -solve_dual(
+            scores_TE,
+            self.dual_E,
+            top_k=gating.top_k,
+            iterations=self.config.iterations,
+            variant=self.config.variant,
+            valid_T=ctx.valid_T,
+            limit=gating.limit if gating.settings.kept_groups < gating.settings.num_groups else None,
+        )
+
+    def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        assert routing.bias_E is not None and ctx.valid_T is not None
+        tokens = ctx.valid_T.sum()
+        return {"dual_times_tokens_E": -routing.bias_E.double() * tokens, "tokens": tokens}
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        tokens = stats["tokens"]
+        mean_E = stats["dual_times_tokens_E"] / tokens.clamp_min(1)
+        self.dual_E.copy_(torch.where(tokens > 0, mean_E, self.dual_E.double()))

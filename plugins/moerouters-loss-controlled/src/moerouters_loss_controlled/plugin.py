@@ -1,0 +1,24 @@
+"""Entry point of the router `loss-controlled`."""
+
+from __future__ import annotations
+
+from moerouters import RouterSpec, hookimpl
+
+
+@hookimpl
+def moerouters_routers() -> tuple[RouterSpec, ...]:
+    # Imported here: whoever only looks at this module should not pay for the router.
+    from moerouters_loss_controlled.config import LossControlledConfig
+    from moerouters_loss_controlled.router import LossControlledRouter, capabilities_of
+
+    return (
+        RouterSpec(
+            name="loss-controlled",
+            summary="Top-k with auxiliary losses over micro-batch, sequence or global batch, and a z-loss.",
+            factory=LossControlledRouter,
+            config=LossControlledConfig,
+            capabilities=capabilities_of(LossControlledConfig()),
+            reference="arXiv:2101.03961 (Switch), arXiv:2006.16668 (GShard), arXiv:2202.08906 (z-loss)",
+            baselines=({"alpha": 0.1},),
+        ),
+    )

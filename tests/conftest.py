@@ -1,0 +1,20 @@
+"""What holds for every test of the core. Plugin tests see nothing of it: they travel with their own distribution."""
+
+import os
+
+# One thread everywhere, also in the processes that tests start: how a reduction is split over threads decides its last
+# bits, and several ranks on a small machine would otherwise wait for each other's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a module with @triton.jit is imported, so it has to stand before the first of them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded CPU generator, fresh for every test."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,1 @@
+"""Written for a plugin API that does not exist yet."""

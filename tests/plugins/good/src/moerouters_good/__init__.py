@@ -1,0 +1,1 @@
+"""Two routers of one module, as a plugin should be."""

@@ -1,0 +1,1 @@
+"""Takes seconds to import."""

@@ -1,0 +1,3 @@
+"""Loaded only if the plugin has been imported."""
+
+SUMMARY = "Worth the wait."

@@ -1,0 +1,1 @@
+"""Claims the name twin."""
