@@ -3,7 +3,7 @@
 import logging
 
 from moerouters.attach import Handle, attach
-from moerouters.capabilities import AssignmentKind, Capabilities
+from moerouters.capabilities import AssignmentKind, Capabilities, LoadScope, StateAlgebra
 from moerouters.capacity import limit_capacity
 from moerouters.gating import Gating
 from moerouters.layer import MoELayer, MoEOutput
@@ -24,6 +24,7 @@ __all__ = [
     "Capabilities",
     "Gating",
     "Handle",
+    "LoadScope",
     "MoELayer",
     "MoEOutput",
     "RouteContext",
@@ -33,6 +34,7 @@ __all__ = [
     "Routing",
     "RoutingTrace",
     "Selection",
+    "StateAlgebra",
     "attach",
     "available",
     "build",

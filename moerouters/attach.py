@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moerouters.capabilities import StateAlgebra
-from moerouters.errors import ConfigError, NonFiniteLogits, UnconsumedLoss
+from moerouters.errors import ConfigError, MoeroutersError, NonFiniteLogits, UnconsumedLoss
 from moerouters.losses import LossMode
-from moerouters.reduce import reduce_sums
+from moerouters.reduce import Sums, reduce_sums
 from moerouters.routed import RoutedModule
 
 
@@ -32,7 +33,7 @@ def attach(
     Calling it again with the same model and optimizers returns the same Handle.
 
     At the step it raises NonFiniteLogits, naming the layer, if a gate gave NaN or infinity, and UnconsumedLoss if a
-    router's loss was never differentiated. Both are raised before any router is updated.
+    router's loss was never differentiated. Both are raised before any router is updated, and clear the step's stats.
     """
     chosen = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     layers = {_plain_name(name): m for name, m in model.named_modules() if isinstance(m, RoutedModule)}
@@ -55,8 +56,7 @@ def attach(
             why="losses meet the graph in exactly one way per run",
             fix="attach(..., loss_mode='collect') or 'inject' sets it on all of them",
         )
-    earlier = _attached(chosen, layers)
-    return earlier if earlier is not None else Handle(chosen, layers, token_group)
+    return _earlier(chosen, layers) or Handle(chosen, layers, token_group)
 
 
 class Handle:
@@ -74,7 +74,9 @@ class Handle:
         self._token_group = token_group
         self._optimizers = optimizers
         self._waiting = set(range(len(optimizers)))
-        self._hooks = [o.register_step_post_hook(_Stepped(self, i)) for i, o in enumerate(optimizers)]
+        self._hooks = [o.register_step_post_hook(partial(self._stepped, i)) for i, o in enumerate(optimizers)]
+        for layer in layers.values():
+            layer.running.handle = self
 
     def scale_losses(self, *, accumulation_steps: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
         """Scale injected losses as the training loss is scaled: by 1 / accumulation_steps, times the GradScaler's.
@@ -91,8 +93,14 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for layer in self.layers.values():
+            layer.running.handle = None
 
-    def _stepped(self, index: int, optimizer: Optimizer) -> None:
+    def serves(self, optimizers: list[Optimizer], layers: dict[str, RoutedModule]) -> bool:
+        """Whether this handle was made for just these optimizers and layers."""
+        return _same(self._optimizers, optimizers) and _same(self.layers.values(), layers.values())
+
+    def _stepped(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         # Fused optimizers are called by GradScaler with found_inf set and skip inside; the others are not called.
         if isinstance(found_inf, Tensor) and bool(found_inf):
@@ -110,45 +118,56 @@ class Handle:
             name: 0.0 if layer.running.probe.grad is None else layer.running.probe.grad
             for name, layer in self.layers.items()
         }
-        self._check(sums, marks)
+        learning = self._check(sums, marks)
         self.steps += 1
         for name, layer in self.layers.items():
             observed = {key.removeprefix("stats."): v for key, v in sums[name].items() if key.startswith("stats.")}
-            if layer.router.capabilities.state is not StateAlgebra.STATELESS:
+            if layer.router.capabilities.state is not StateAlgebra.STATELESS and name in learning:
                 layer.router.update(observed)
             self.loads[name] = sums[name]["load_E"]
             self.dropped[name] = sums[name]["dropped"]
             layer.running.clear()
         self._tell_plugins()
 
-    def _check(self, sums: Mapping[str, Mapping[str, Tensor]], marks: Mapping[str, Tensor | float]) -> None:
-        # One transfer for all layers: [nonfinite, local forward passes, marks] each.
+    def _check(self, sums: Sums, marks: Mapping[str, Tensor | float]) -> set[str]:
+        """Raise for what must not be learned from; return the layers that observed anything."""
+        # One transfer for all layers, the only wait for the device in a step.
         rows = []
         for name, layer in self.layers.items():
-            passes, mark = layer.running.sums["passes"], _as_double(marks[name], layer)
-            rows.append(torch.stack([sums[name]["nonfinite"].double(), passes.double(), mark]))
-        table = torch.stack(rows).tolist()
-        for (name, layer), (nonfinite, passes, marked) in zip(self.layers.items(), table, strict=True):
-            if nonfinite:
+            passes, mark = layer.running.sums["passes"], torch.as_tensor(marks[name]).to(layer.running.probe.device)
+            counts = (sums[name]["nonfinite"], sums[name]["observed"], passes, mark)
+            rows.append(torch.stack([count.double() for count in counts]))
+        table = dict(zip(self.layers, torch.stack(rows).tolist(), strict=True))
+        try:
+            for name, (nonfinite, _, passes, marked) in table.items():
+                self._check_layer(name, nonfinite=int(nonfinite), passes=int(passes), marked=int(marked))
+        except MoeroutersError:
+            # A run that goes on after catching this starts the next step afresh, in every layer: NaN spreads upwards.
+            for layer in self.layers.values():
                 layer.running.clear()
-                raise NonFiniteLogits(
-                    f"the gate of layer '{name}' gave NaN or infinite logits for {int(nonfinite)} tokens in this step.",
-                    where=type(layer.router).__name__,
-                    why="experts cannot be chosen from them; the weights of these tokens are NaN",
-                    fix="look at the loss and the gradient norm of the steps before; lower the learning rate, clip "
-                    "gradients, or add a z-loss",
-                )
-            expected = passes * layer.losses_per_pass
-            if marked < expected and layer.trains_router:
-                layer.running.clear()
-                raise UnconsumedLoss(
-                    f"layer '{name}' computed its aux loss {int(expected)} times in this step, but it was "
-                    f"differentiated {int(marked)} times.",
-                    where=f"{type(layer.router).__name__}, loss_mode={layer.loss_mode!r}",
-                    why="without its loss this router never balances",
-                    fix="add the losses of the layer's assignment to the training loss; or attach(..., "
-                    "loss_mode='inject'), which also survives reentrant checkpointing; evaluate under model.eval()",
-                )
+            raise
+        return {name for name, (_, observed, _, _) in table.items() if observed}
+
+    def _check_layer(self, name: str, *, nonfinite: int, passes: int, marked: int) -> None:
+        layer = self.layers[name]
+        if nonfinite:
+            raise NonFiniteLogits(
+                f"the gate of layer '{name}' gave NaN or infinite logits for {nonfinite} tokens in this step.",
+                where=type(layer.router).__name__,
+                why="experts cannot be chosen from them; the weights of these tokens are NaN",
+                fix="look at the loss and the gradient norm of the steps before; lower the learning rate, clip "
+                "gradients, or add a z-loss",
+            )
+        expected = passes * layer.losses_per_pass
+        if marked < expected and layer.trains_router:
+            raise UnconsumedLoss(
+                f"layer '{name}' computed its aux loss {expected} times in this step, but it was differentiated "
+                f"{marked} times.",
+                where=f"{type(layer.router).__name__}, loss_mode={layer.loss_mode!r}",
+                why="without its loss this router never balances",
+                fix="add the losses of the layer's assignment to the training loss; or attach(..., "
+                "loss_mode='inject'), which also survives reentrant checkpointing; evaluate under model.eval()",
+            )
 
     def _tell_plugins(self) -> None:
         from moerouters.registry import step_metrics_hook
@@ -158,31 +177,25 @@ class Handle:
             hook({"step": self.steps, "loads": dict(self.loads), "dropped": dict(self.dropped)})
 
 
-class _Stepped:
-    """The post-step hook; a class, so that `attach` recognises its own among an optimizer's hooks."""
-
-    def __init__(self, handle: Handle, index: int) -> None:
-        self.handle = handle
-        self.index = index
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.handle._stepped(self.index, optimizer)
-
-
-def _attached(optimizers: list[Optimizer], layers: dict[str, RoutedModule]) -> Handle | None:
-    """The Handle that already serves these optimizers and layers, if any."""
-    hooks: Iterator[Any] = iter(optimizers[0]._optimizer_step_post_hooks.values())
-    for hook in hooks:
-        if isinstance(hook, _Stepped):
-            handle = hook.handle
-            same_layers = list(map(id, handle.layers.values())) == list(map(id, layers.values()))
-            if same_layers and list(map(id, handle._optimizers)) == list(map(id, optimizers)):
-                return handle
+def _earlier(optimizers: list[Optimizer], layers: dict[str, RoutedModule]) -> Handle | None:
+    """The Handle that already serves these optimizers and layers; ConfigError if another one serves a layer."""
+    for name, layer in layers.items():
+        handle = layer.running.handle
+        if handle is None:
+            continue
+        assert isinstance(handle, Handle)
+        if handle.serves(optimizers, layers):
+            return handle
+        raise ConfigError(
+            f"layer '{name}' is attached already, to other optimizers or as part of another model.",
+            why="its router would be updated twice per step",
+            fix="pass all optimizers in one call: attach([a, b], model); or call remove() on the earlier handle first",
+        )
     return None
 
 
-def _as_double(mark: Tensor | float, layer: RoutedModule) -> Tensor:
-    return torch.as_tensor(mark, dtype=torch.float64, device=layer.running.probe.device)
+def _same(left: Iterable[object], right: Iterable[object]) -> bool:
+    return [id(item) for item in left] == [id(item) for item in right]
 
 
 def _plain_name(name: str) -> str:

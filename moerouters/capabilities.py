@@ -38,15 +38,6 @@ class LoadScope(StrEnum):
     GLOBAL = "global"
 
 
-class WeightsRule(StrEnum):
-    """Where the combine weights come from."""
-
-    GATING = "gating"
-    """Exactly `Gating.weigh` of the unadjusted scores."""
-    FREE = "free"
-    """The router overrides the weights; only finite and non-negative is promised."""
-
-
 class CompileSupport(StrEnum):
     """What torch.compile can do with the router's forward."""
 
@@ -71,7 +62,6 @@ class Capabilities(BaseModel):
     assignment: AssignmentKind = AssignmentKind.SLOTS
     state: StateAlgebra = StateAlgebra.STATELESS
     load_scope: LoadScope = LoadScope.NONE
-    weights: WeightsRule = WeightsRule.GATING
     compile: CompileSupport = CompileSupport.FULLGRAPH
     causal: bool = True
     """False: in training the choice for one token depends on later tokens of the batch."""

@@ -19,7 +19,8 @@ def limit_capacity(assignment: Assignment, capacity: int, policy: DropPolicy = "
 
     Who keeps a place: `position` - first choices before second choices, then in token order (GShard); `weight` - the
     larger combine weight, ties by token. load_E stays as the router made it; `dropped` (int64 0-d) says how many pairs
-    were taken away. Nothing is renormalised. Raises ConfigError for a negative capacity or an unknown policy.
+    were taken away, here and before. Nothing is renormalised. Raises ConfigError for a negative capacity or an unknown
+    policy.
     """
     if capacity < 0 or policy not in ("position", "weight"):
         raise ConfigError(
@@ -45,7 +46,7 @@ def limit_capacity(assignment: Assignment, capacity: int, policy: DropPolicy = "
         expert_ids=torch.where(drop, E, assignment.expert_ids),
         # masked_fill, not a product: a dropped pair's weight must get no gradient either.
         weights=assignment.weights.masked_fill(drop, 0),
-        dropped=drop.sum(),
+        dropped=drop.sum() if assignment.dropped is None else drop.sum() + assignment.dropped,
     )
 
 

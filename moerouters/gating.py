@@ -168,11 +168,15 @@ class Gating(StatefulModule):
                 return logits_TE
 
     def probabilities(self, logits_TE: Tensor) -> Tensor:
-        """[T, E], rows that sum to 1, for auxiliary losses: softmax, or the scores over their sum (DeepSeek-V3)."""
+        """[T, E], rows that sum to 1, for auxiliary losses: softmax, or the scores over their sum (DeepSeek-V3).
+
+        A row whose scores all underflow is 0 instead.
+        """
         if self.settings.score in ("softmax", "identity"):
             return logits_TE.softmax(dim=-1)
         scores_TE = self.score(logits_TE)
-        return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + torch.finfo(scores_TE.dtype).tiny)
+        # Not the smallest float: 1 / 1e-38 times a GradScaler's 65536 overflows in backward, and inf * 0 is NaN.
+        return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
     def limit(self, adjusted_TE: Tensor) -> Tensor:
         """Set the experts outside a token's kept groups to -inf: 0.0 would win over negative biased scores."""
@@ -205,7 +209,9 @@ class Gating(StatefulModule):
             return weights_TK.masked_fill(empty_TK, 0) * self.settings.scale
         weights_TK = chosen_TK.masked_fill(empty_TK, 0)
         if self.settings.renormalize:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + self.settings.eps)
+            # A row without experts has nothing to share out; with eps = 0 it would be 0 / 0.
+            sums_T1 = weights_TK.sum(dim=-1, keepdim=True) + self.settings.eps
+            weights_TK = weights_TK / torch.where(empty_TK.all(dim=-1, keepdim=True), 1.0, sums_T1)
         return weights_TK * self.settings.scale
 
     def weigh_pairs(self, scores_TE: Tensor, token_ids_N: Tensor, expert_ids_N: Tensor) -> Tensor:
@@ -215,15 +221,18 @@ class Gating(StatefulModule):
         flat_N = token_ids_N * E + expert_ids_N.clamp(max=E - 1)
         chosen_N = scores_TE.reshape(-1).index_select(0, flat_N)
         if self.settings.softmax_after_topk:
-            # Per-row maxima over all experts keep exp in range; they cancel in the quotient.
-            peaks_T = scores_TE.detach().amax(dim=-1)
-            chosen_N = (chosen_N - peaks_T.index_select(0, token_ids_N)).exp()
+            # The largest chosen score of each token cancels in the quotient and keeps exp in range.
+            lowest = torch.finfo(chosen_N.dtype).min
+            peaks_T = chosen_N.new_full((T,), lowest).scatter_reduce(
+                0, token_ids_N, chosen_N.detach().masked_fill(empty_N, lowest), "amax"
+            )
+            chosen_N = (chosen_N - peaks_T.index_select(0, token_ids_N)).masked_fill(empty_N, 0).exp()
         weights_N = chosen_N.masked_fill(empty_N, 0)
         if self.settings.renormalize or self.settings.softmax_after_topk:
-            sums_T = weights_N.new_zeros(T).index_add(0, token_ids_N, weights_N)
-            floor = torch.finfo(weights_N.dtype).tiny if self.settings.softmax_after_topk else self.settings.eps
-            weights_N = weights_N / (sums_T + floor).index_select(0, token_ids_N)
-        return weights_N.masked_fill(empty_N, 0) * self.settings.scale
+            eps = 0.0 if self.settings.softmax_after_topk else self.settings.eps
+            sums_T = weights_N.new_zeros(T).index_add(0, token_ids_N, weights_N) + eps
+            weights_N = weights_N / torch.where(empty_N, 1.0, sums_T.index_select(0, token_ids_N))
+        return weights_N * self.settings.scale
 
     def extra_repr(self) -> str:
         shown = self.settings.model_dump(exclude_defaults=True)

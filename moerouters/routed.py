@@ -28,6 +28,8 @@ class RunningStats:
     def __init__(self, template: Mapping[str, Tensor]) -> None:
         self.sums: dict[str, Tensor] = {name: torch.zeros_like(value) for name, value in template.items()}
         device = self.sums["passes"].device
+        self.handle: object | None = None
+        """The `attach` Handle that clears these sums; there is at most one."""
         self.probe = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         self.loss_scale = torch.ones((), dtype=torch.float32, device=device)
 
@@ -42,6 +44,7 @@ class RunningStats:
             "nonfinite": assignment.nonfinite,
             "dropped": dropped,
             "passes": one,
+            "observed": one if assignment.stats else torch.zeros_like(one),
         }
         return core | {f"stats.{name}": value for name, value in assignment.stats.items()}
 
@@ -49,6 +52,10 @@ class RunningStats:
         """Count one forward, unless it is a recomputation inside a backward pass."""
         values = self.of(assignment)
         accumulate_([self.sums[name] for name in values], list(values.values()))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles of a model leave the handle, and with it the optimizers, behind."""
+        return self.__dict__ | {"handle": None}
 
     def clear(self) -> None:
         """Back to zero, in place, for the next step."""

@@ -14,7 +14,7 @@ from moerouters.errors import UnsupportedError
 from moerouters.gating import Gating, take_along_experts
 from moerouters.kernels.counts import count_experts
 from moerouters.state import StatefulModule
-from moerouters.types import Assignment, RouteContext, Routing, Selection
+from moerouters.types import Assignment, RouteContext, Routing, Selection, check_context
 
 
 class Router(StatefulModule):
@@ -45,7 +45,10 @@ class Router(StatefulModule):
     # The stages, in the order of the flow.
 
     def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor | None:
-        """[E], added to every token's scores before selection; None for no bias. Never carries a gradient."""
+        """[E], added to every token's scores before selection; None for no bias. Never carries a gradient.
+
+        The scores it gets hold the model's own correction bias, if the gating has one.
+        """
         return None
 
     def adjust(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
@@ -63,10 +66,12 @@ class Router(StatefulModule):
         ids = self.gating.top(limited_TE, wanted)
         top = take_along_experts(limited_TE, ids)
         ids_TK = torch.where(top[:, :K] == -float("inf"), E, ids[:, :K])
-        return Selection.slots(ids_TK, top[:, K] if wanted > K else None)
+        if "cutoff_T" not in self.reads:
+            return Selection.slots(ids_TK)
+        return Selection.slots(ids_TK, top[:, K] if K < E else top.new_full((top.shape[0],), -float("inf")))
 
     def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
-        """0-d losses, scaled by the router's own coefficients. Called in training only."""
+        """0-d losses, scaled by the router's own coefficients. Called in training only; always the same names."""
         return {}
 
     def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
@@ -77,17 +82,26 @@ class Router(StatefulModule):
         return {}
 
     def update(self, stats: Mapping[str, Tensor]) -> None:
-        """Learn from the sums of `observe` over one optimizer step and all ranks; write state buffers in place."""
+        """Learn from the sums of `observe` over one optimizer step and all ranks; write state buffers in place.
+
+        Not called after a step in which every assignment was forced; the sums may still hold no token at all.
+        """
 
     # The template.
 
     @final  # type: ignore[misc]  # nn.Module declares forward as an attribute; __init_subclass__ enforces it as well
     def forward(self, logits_TE: Tensor, ctx: RouteContext = RouteContext()) -> Assignment:
         """Route [T, E] logits. Returns an Assignment whose losses and stats are empty in eval mode."""
-        self._check_dtype(logits_TE)
-        logits_TE = self.gating.prepare(logits_TE)
+        # Under autocast a matrix product in a plugin's loss would round loads to bfloat16, 8 bits.
+        with torch.autocast(logits_TE.device.type, enabled=False):
+            return self._route(logits_TE, ctx)
+
+    def _route(self, raw_TE: Tensor, ctx: RouteContext) -> Assignment:
+        self._check_dtype(raw_TE)
+        logits_TE = self.gating.prepare(raw_TE)
+        check_context(ctx, num_tokens=logits_TE.shape[0])
         scores_TE = self.gating.score(logits_TE)
-        finite_T = torch.isfinite(logits_TE).all(dim=-1)
+        finite_T = torch.isfinite(raw_TE).all(dim=-1)  # before the soft cap, which makes infinity finite
         real_T = torch.ones_like(finite_T) if ctx.valid_T is None else ctx.valid_T
         stage_ctx = replace(ctx, valid_T=finite_T & real_T)
 
@@ -100,8 +114,7 @@ class Router(StatefulModule):
                 bias_E, adjusted_TE = self._adjusted(scores_TE.detach(), stage_ctx)
                 selection = self.select(adjusted_TE, stage_ctx)
         selection = self._without_padding(selection, real_T)
-        weights = self._weigh(scores_TE, selection)
-        # A token that is not finite keeps its place and its NaN weight: hiding it would let a broken gate train on.
+        weights = self._weigh(scores_TE, selection, finite_T)
         load_E = count_experts(selection.expert_ids, self.gating.num_experts)
 
         routing = Routing(
@@ -125,16 +138,21 @@ class Router(StatefulModule):
         )
 
     def _adjusted(self, scores_TE: Tensor, ctx: RouteContext) -> tuple[Tensor | None, Tensor]:
-        bias_E = self.bias_E(scores_TE, ctx)
-        biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
         if self.gating.settings.correction_bias:
-            biased_TE = biased_TE + self.gating.correction_bias_E
-        return bias_E, self.adjust(biased_TE, ctx)
+            scores_TE = scores_TE + self.gating.correction_bias_E
+        bias_E = self.bias_E(scores_TE, ctx)
+        return bias_E, self.adjust(scores_TE if bias_E is None else scores_TE + bias_E, ctx)
 
-    def _weigh(self, scores_TE: Tensor, selection: Selection) -> Tensor:
+    def _weigh(self, scores_TE: Tensor, selection: Selection, finite_T: Tensor) -> Tensor:
         if selection.token_ids_N is not None:
-            return self.gating.weigh_pairs(scores_TE, selection.token_ids_N, selection.expert_ids)
-        return self.gating.weigh(scores_TE, selection.expert_ids)
+            weights = self.gating.weigh_pairs(scores_TE, selection.token_ids_N, selection.expert_ids)
+            finite = finite_T.index_select(0, selection.token_ids_N)
+        else:
+            weights = self.gating.weigh(scores_TE, selection.expert_ids)
+            finite = finite_T.unsqueeze(1)
+        # A sigmoid would weigh the finite experts of a broken row as if all were well, and the gate would train on.
+        taken = selection.expert_ids < self.gating.num_experts
+        return torch.where(finite | ~taken, weights, float("nan"))
 
     def _without_padding(self, selection: Selection, real_T: Tensor) -> Selection:
         real = real_T.unsqueeze(1) if selection.token_ids_N is None else real_T.index_select(0, selection.token_ids_N)

@@ -35,6 +35,14 @@ class StatefulModule(nn.Module):
         """Names of the state buffers registered on this module (not on children)."""
         return tuple(self._state_fills)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # With assign=True the loaded tensor *becomes* the buffer, in whatever dtype the checkpoint was cast to.
+        for name in self._state_fills:
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor):
+                state_dict[prefix + name] = loaded.to(self.get_buffer(name).dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: self._buffers[name] for name in self._state_fills}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moerouters.capabilities import AssignmentKind
 from moerouters.errors import TraceError
 from moerouters.types import Assignment, RouteContext
 
@@ -54,8 +55,8 @@ class RoutingTrace:
 
 
 def record(assignments: Mapping[str, Assignment]) -> RoutingTrace:
-    """Keep the ids of each layer's assignment (slots; before any capacity limit, which replay applies again)."""
-    ids = {name: _smallest(a.expert_ids_TK.detach().cpu(), a.num_experts) for name, a in assignments.items()}
+    """Keep the ids of each layer's assignment, pairs as slots, before any capacity limit: replay applies that again."""
+    ids = {name: _smallest(_slot_ids(a).cpu(), a.num_experts) for name, a in assignments.items()}
     return RoutingTrace(expert_ids=ids, num_experts={name: a.num_experts for name, a in assignments.items()})
 
 
@@ -67,8 +68,6 @@ def replay(
     device: torch.device | str = "cpu",
 ) -> RouteContext:
     """ctx with the recorded ids of `layer` forced. Weights are computed anew, so gradients reach the gate."""
-    from dataclasses import replace
-
     if layer not in trace.expert_ids:
         raise TraceError(
             f"the trace has no layer '{layer}'.",
@@ -76,6 +75,16 @@ def replay(
             fix="replay under the names that were recorded",
         )
     return replace(ctx, forced_ids_TK=trace.expert_ids[layer].to(device=device, dtype=torch.int64))
+
+
+def _slot_ids(assignment: Assignment) -> Tensor:
+    """[T, K] with K as wide as the token with the most experts needs."""
+    if assignment.kind is not AssignmentKind.PAIRS:
+        return assignment.expert_ids
+    token_ids_N, expert_ids_N, _ = assignment.pairs()
+    chosen_N = token_ids_N[expert_ids_N < assignment.num_experts]
+    widest = int(torch.bincount(chosen_N, minlength=1).max())
+    return assignment.with_slots(max(widest, 1))[0]
 
 
 def _smallest(ids_TK: Tensor, num_experts: int) -> Tensor:

@@ -13,15 +13,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moerouters.assignment import Assignment
 from moerouters.capabilities import AssignmentKind
-from moerouters.errors import AssignmentError, ContextError
+from moerouters.errors import ContextError, ShapeError
+
+__all__ = ["Assignment", "RouteContext", "Routing", "Selection", "check_context"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,29 @@ class RouteContext:
                 fix=f"pass RouteContext({name}=...) to the layer or router",
             )
         return value
+
+
+def check_context(ctx: RouteContext, *, num_tokens: int) -> None:
+    """Raise ShapeError for a per-token field of another length or dtype: a length of 1 would broadcast silently.
+
+    Looks at shapes and dtypes only, which the host knows.
+    """
+    fields = {
+        "valid_T": (ctx.valid_T, torch.bool, 1),
+        "sequence_ids_T": (ctx.sequence_ids_T, torch.int64, 1),
+        "token_ids_T": (ctx.token_ids_T, torch.int64, 1),
+        "forced_ids_TK": (ctx.forced_ids_TK, torch.int64, 2),
+        "hidden_TD": (ctx.hidden_TD, None, 2),
+    }
+    for name, (value, dtype, dims) in fields.items():
+        if value is None:
+            continue
+        if value.dim() != dims or value.shape[0] != num_tokens or (dtype is not None and value.dtype != dtype):
+            raise ShapeError(
+                f"RouteContext.{name} is {value.dtype} of shape {list(value.shape)}; there are {num_tokens} tokens.",
+                why=f"it has {dims} dimension{'s' if dims > 1 else ''}, one row per token, and dtype {dtype or 'any'}",
+                fix="flatten [B, S] to [B * S], and cast it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,95 +134,3 @@ class Routing:
     @property
     def cutoff_T(self) -> Tensor | None:
         return self.selection.cutoff_T
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """Which experts get which tokens with which weight, and the losses and stats that go with it.
-
-    `kind` says how to read `expert_ids` and `weights`, which have one shape: [T, K] for SLOTS, [T, E] for DENSE (slot
-    e is expert e), [N] for PAIRS, whose tokens stand in `token_ids_N`. The id `num_experts` marks an empty place.
-    """
-
-    kind: AssignmentKind
-    num_tokens: int
-    num_experts: int
-    expert_ids: Tensor
-    weights: Tensor
-    token_ids_N: Tensor | None = None
-    load_E: Tensor
-    """int64 [E], routed pairs per expert before any dropping; padding counts nowhere."""
-    tokens: Tensor
-    """int64 0-d, tokens that are neither padding nor non-finite."""
-    nonfinite: Tensor
-    """int64 0-d, tokens whose logits hold NaN or infinity."""
-    dropped: Tensor | None = None
-    """int64 0-d, pairs that `limit_capacity` took away; None where no capacity was set."""
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
-    """0-d losses, already scaled by the router's own coefficients."""
-    stats: Mapping[str, Tensor] = field(default_factory=dict)
-    """What `Router.update` needs; adds up over micro-batches and ranks. Empty when the assignment was forced."""
-
-    @property
-    def expert_ids_TK(self) -> Tensor:
-        """int64 [T, K]; for PAIRS convert with `to_slots` first."""
-        if self.kind is AssignmentKind.PAIRS:
-            raise AssignmentError(
-                "this assignment is a list of pairs, it has no expert_ids_TK.",
-                why="an expert-choice or threshold router gives tokens a varying number of experts",
-                fix="use token_ids_N, expert_ids and weights, or to_slots()",
-            )
-        return self.expert_ids
-
-    @property
-    def weights_TK(self) -> Tensor:
-        """[T, K], in the order of `expert_ids_TK`."""
-        self.expert_ids_TK  # noqa: B018  (raises for pairs)
-        return self.weights
-
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """token_ids_N, expert_ids_N, weights_N of every place, empty ones included; what a DispatchPlan is made of."""
-        if self.token_ids_N is not None:
-            return self.token_ids_N, self.expert_ids, self.weights
-        tokens_T = torch.arange(self.num_tokens, device=self.expert_ids.device)
-        token_ids_N = tokens_T.unsqueeze(1).expand_as(self.expert_ids).reshape(-1)
-        return token_ids_N, self.expert_ids.reshape(-1), self.weights.reshape(-1)
-
-    def to_slots(self, num_slots: int | None = None) -> tuple[Tensor, Tensor]:
-        """(expert_ids_TK, weights_TK) for code that knows no empty slots: an empty slot gets a valid id and weight 0.
-
-        num_slots bounds the experts of one token in a PAIRS assignment (default E; further ones would be an error).
-        The filler ids are spread round robin, so the wasted work does not pile up on one expert.
-        """
-        if self.kind is AssignmentKind.PAIRS:
-            ids_TK, weights_TK = _pairs_to_slots(self, num_slots or self.num_experts)
-        else:
-            ids_TK, weights_TK = self.expert_ids, self.weights
-        empty_TK = ids_TK == self.num_experts
-        places_TK = torch.arange(ids_TK.numel(), device=ids_TK.device).reshape(ids_TK.shape)
-        filler_TK = places_TK % self.num_experts
-        return torch.where(empty_TK, filler_TK, ids_TK), weights_TK.masked_fill(empty_TK, 0)
-
-    def validate(self) -> Assignment:
-        """Check every invariant on the host and return self; raise AssignmentError at the first that is broken."""
-        from moerouters.validation import validate_assignment
-
-        validate_assignment(self)
-        return self
-
-
-def _pairs_to_slots(assignment: Assignment, num_slots: int) -> tuple[Tensor, Tensor]:
-    token_ids_N, expert_ids_N, weights_N = assignment.pairs()
-    T, E = assignment.num_tokens, assignment.num_experts
-    # Empty pairs sort behind all others as token T; a pair's slot is its distance to the first pair of its token.
-    keys_N = torch.where(expert_ids_N == E, T, token_ids_N)
-    sorted_N, order_N = torch.sort(keys_N, stable=True)
-    slot_N = torch.arange(sorted_N.numel(), device=sorted_N.device) - torch.searchsorted(sorted_N, sorted_N)
-    kept_N = (sorted_N < T) & (slot_N < num_slots)
-    # One spill row and column at the end take what is empty or past the bound.
-    place_N = torch.where(kept_N, sorted_N * num_slots + slot_N, T * num_slots)
-    ids = torch.full((T * num_slots + 1,), E, dtype=torch.int64, device=sorted_N.device)
-    ids = ids.scatter(0, place_N, torch.where(kept_N, expert_ids_N.index_select(0, order_N), E))
-    weights = weights_N.new_zeros(T * num_slots + 1)
-    weights = weights.index_add(0, place_N, weights_N.index_select(0, order_N) * kept_N)
-    return ids[:-1].reshape(T, num_slots), weights[:-1].reshape(T, num_slots)

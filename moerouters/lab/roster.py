@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moerouters import registry
-from moerouters.errors import ConfigError, MoeroutersError
+from moerouters.errors import ConfigError, MoeroutersError, RouterUnavailable
 from moerouters.lab.overrides import label as make_label
 from moerouters.lab.overrides import parse_routers
 from moerouters.lab.settings import Settings
@@ -80,5 +80,15 @@ def _distinct(baselines: Iterable[Any]) -> list[Any]:
 
 def _entrant(label: str, name: str, overrides: dict[str, Any], settings: Settings) -> Entrant:
     entrant = Entrant(label=label, name=name, overrides=overrides, provenance=registry.info(name).provenance)
-    entrant.build(settings)  # a bad config, or a gating the router cannot serve, shows now and not after an hour
+    try:
+        entrant.build(settings)  # a bad config, or a gating it cannot serve, shows now and not after an hour
+    except MoeroutersError:
+        raise
+    except Exception as error:
+        raise RouterUnavailable(
+            f"router {label!r} cannot be built.",
+            where=str(entrant.provenance),
+            why=f"{type(error).__name__}: {error}",
+            fix="this is a bug of the plugin: report it to its authors, and leave the router out until then",
+        ) from error
     return entrant

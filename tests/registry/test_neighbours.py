@@ -95,7 +95,7 @@ def test_neighbours_cost_nothing_until_they_are_named(report: Any) -> None:
     assert report["available"] == ["broken", "exits", "future", "good", "good-louder", "misspelt", "slow", "topk"]
     assert report["topk"] == "TopKRouter"  # and not the impostor
     assert report["after_topk"] == []
-    assert report["seconds"] < 1.5  # the slow one alone takes 2 seconds
+    assert report["seconds"] < 2.0  # which importing the slow one alone would take
 
 
 def test_only_what_is_named_is_imported(report: Any) -> None:

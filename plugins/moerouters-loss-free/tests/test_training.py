@@ -32,7 +32,7 @@ def tokens(step: int) -> torch.Tensor:
     [
         (Gating.sigmoid(E, K), "sign", 0.01),
         (Gating.sigmoid(E, K), "error", 0.05),
-        (Gating.sigmoid(E, K), "multiplicative", 0.02),
+        (Gating.sigmoid(E, K), "multiplicative", 0.01),
         (Gating.softmax(E, K), "error", 0.02),
         (Gating.softmax_after_topk(E, K), "sign", 0.05),  # real domain: the rate is in units of logits
     ],
@@ -43,7 +43,7 @@ def test_balances_skewed_logits(gating: Gating, rule: Rule, rate: float) -> None
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     handle = attach(optimizer, layer)
     violations = []
-    for step in range(120):
+    for step in range(200):
         layer(tokens(step))
         optimizer.step()
         violations.append(max_violation(handle.loads[""]).item())

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moerouters import Capabilities, Gating, RouteContext, Router, Routing
-from moerouters.capabilities import LoadScope, StateAlgebra
+from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 from moerouters_bip.config import BipConfig
 from moerouters_bip.dual import solve_dual
 
@@ -36,8 +35,6 @@ class BipRouter(Router):
         if not self.training:
             return -self.dual_E
         gating = self.gating
-        if gating.settings.correction_bias:
-            scores_TE = scores_TE + gating.correction_bias_E
         return -solve_dual(
             scores_TE,
             self.dual_E,

@@ -1,0 +1,72 @@
+"""`moerouters compare`: train one small model under each router and compare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# torch and the lab are imported when the command runs, after the environment they read at import has been set.
+
+
+def compare(
+    routers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Routers to compare; an item is a name, or name:key=value;key=value. "
+            "Default: all that are installed, with their baselines.",
+        ),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Model and training: tiny, minimind-16 or minimind-64.")] = "tiny",
+    text: Annotated[
+        Path | None, typer.Option(help="File or folder to train on. Default: Python's standard library.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat everything with this many seeds.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps per run.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    num_experts: Annotated[int | None, typer.Option("--experts", help="Experts per layer, E.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token, K.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other number of the preset.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder for results, pictures and report.")] = Path("moerouters-compare"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what is in the output folder; finished runs are kept.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again over a comparison that was interrupted.")
+    ] = False,
+) -> None:
+    """Train one small model under each router and compare."""
+    # cuBLAS reads it when the first CUDA context is made; without it its matrix products are not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from moerouters.lab.job import CompareOptions, run_compare
+
+    options: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "checkpoint_every": checkpoint_every,
+    }
+    code = run_compare(
+        CompareOptions(
+            routers=routers,
+            preset=preset,
+            text=text,
+            seeds=tuple(range(seed, seed + seeds)),
+            settings={name: value for name, value in options.items() if value is not None},
+            changes=tuple(changes or ()),
+            device=device,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    )
+    raise typer.Exit(code)

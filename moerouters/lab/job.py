@@ -1,0 +1,146 @@
+"""The command `moerouters compare` behind its options: everything is checked, then trained, then reported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from moerouters.errors import ConfigError
+from moerouters.lab import corpus as corpora
+from moerouters.lab.compare import Comparison
+from moerouters.lab.console import ConsoleProgress, print_results
+from moerouters.lab.corpus import Corpus
+from moerouters.lab.interrupt import StopRequest
+from moerouters.lab.overrides import parse_changes
+from moerouters.lab.presets import preset
+from moerouters.lab.ranks import Ranks, joined_ranks
+from moerouters.lab.report import require_report_extra, write_report
+from moerouters.lab.roster import default_roster, named_roster
+from moerouters.lab.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What the user typed."""
+
+    routers: str | None
+    preset: str
+    text: Path | None
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+    """Of options with a name of their own; they and --set may not disagree."""
+    changes: tuple[str, ...]
+    device: str
+    output: Path
+    resume: bool
+    overwrite: bool
+
+
+def run_compare(options: CompareOptions) -> int:
+    """Do it, and return the exit status: 0, 1 where a run failed, 130 after Ctrl-C (143 after SIGTERM)."""
+    device = choose_device(options.device)
+    set_threads()
+    with joined_ranks(device) as ranks:
+        console = Console(quiet=not ranks.first)
+        comparison = prepare(options, device=device, ranks=ranks)
+        introduce(console, comparison)
+        progress = ConsoleProgress(console, steps=comparison.settings.steps, shown=ranks.first)
+        with StopRequest() as stop, progress:
+            results = comparison.run(progress, stop)
+        if ranks.first:
+            report = write_report(results, options.output)
+            print_results(console, results)
+            console.print(Text(f"report: {report}"))
+    if results.status == "interrupted":
+        console.print(Text("interrupted; the same command with --resume continues"))
+        return stop.exit_code
+    return int(results.status == "failed")
+
+
+def prepare(options: CompareOptions, *, device: torch.device, ranks: Ranks) -> Comparison:
+    """Read, build and check everything that training needs. Raises before anything is trained."""
+    require_report_extra()
+    settings = _settings(options)
+    if options.routers is None:
+        entrants, skipped = default_roster(settings)
+    else:
+        entrants, skipped = named_roster(options.routers, settings), []
+    comparison = Comparison(
+        entrants=entrants,
+        skipped=skipped,
+        seeds=options.seeds,
+        preset=options.preset,
+        settings=settings,
+        corpus=_corpus(options.text),
+        device=device,
+        output=options.output,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        ranks=ranks,
+    )
+    comparison.check()
+    return comparison
+
+
+def introduce(console: Console, comparison: Comparison) -> None:
+    """Say what is about to happen, and who does not take part."""
+    info = comparison.corpus.info
+    labels = ", ".join(entrant.label for entrant in comparison.entrants)
+    console.print(Text(f"routers: {labels}"))
+    console.print(
+        Text(
+            f"preset {comparison.preset}, {comparison.settings.steps} steps of {comparison.settings.batch_tokens} bytes, "
+            f"seeds {', '.join(map(str, comparison.seeds))}, on {comparison.device}"
+        )
+    )
+    console.print(Text(f"corpus: {info.name}, {info.train_bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}"))
+    for item in comparison.skipped:
+        console.print(Text(f"skipped {item.label}: {item.reason}"), style="yellow")
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device; under torchrun the GPU of this rank. Raises ConfigError where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"no device named {name!r}.", where="--device", why="there are auto, cpu and cuda")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError(
+            "there is no CUDA device.",
+            where="--device cuda",
+            why="torch.cuda.is_available() is False",
+            fix="use --device cpu, or install a torch that is built for the GPU of this machine",
+        )
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads() -> None:
+    """As many threads as this process may use cores. torch counts the machine's, and in a container stalls on them."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def _settings(options: CompareOptions) -> Settings:
+    changes = parse_changes(options.changes, where="--set")
+    twice = sorted(changes.keys() & options.settings.keys())
+    if twice:
+        raise ConfigError(
+            f"{twice[0]!r} is given twice.", where="--set, and an option of its own", why="one would be lost"
+        )
+    return preset(options.preset).override({**options.settings, **changes})
+
+
+def _corpus(text: Path | None) -> Corpus:
+    return corpora.standard_library() if text is None else corpora.from_path(text)
+
+
