@@ -77,6 +77,8 @@ class Handle:
         self._hooks = [o.register_step_post_hook(partial(self._stepped, i)) for i, o in enumerate(optimizers)]
         for layer in layers.values():
             layer.running.handle = self
+            if layer.router.capabilities.forward_collective:
+                layer.router.token_group = token_group
 
     def scale_losses(self, *, accumulation_steps: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
         """Scale injected losses as the training loss is scaled: by 1 / accumulation_steps, times the GradScaler's.

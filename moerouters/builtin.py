@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from moerouters.capabilities import Capabilities
 from moerouters.gating import Gating
-from moerouters.registry import RouterConfig, RouterSpec, hookimpl
+from moerouters.registry import API_VERSION, RouterConfig, RouterSpec, hookimpl
 from moerouters.router import Router
 
 
@@ -26,6 +26,7 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
     return (
         RouterSpec(
             name="topk",
+            api=API_VERSION,
             summary="The K best experts of each token, without balancing.",
             factory=TopKRouter,
             capabilities=TopKRouter.capabilities,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moerouters.capabilities import Capabilities
@@ -32,6 +33,9 @@ class Router(StatefulModule):
     """What this router promises; an instance may set its own where a config changes the promise."""
     reads: ClassVar[frozenset[str]] = frozenset({"adjusted_TE", "cutoff_T"})
     """Optional fields of Routing that losses and observe read; what is not read is not computed."""
+
+    token_group: dist.ProcessGroup | None = None
+    """Ranks with distinct tokens, for routers that declare `forward_collective`; `attach` sets it. None: the world."""
 
     def __init__(self, gating: Gating) -> None:
         super().__init__()

@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.balanced import ALPHA, RATE, balanced
-from support.oracles import TokenLoop, gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moerouters import MoELayer, attach
+from moerouters import Handle, MoELayer, attach
+from support.balanced import ALPHA, RATE, balanced
+from support.oracles import TokenLoop, gradients
 
-# Dynamo instantiates torch.autograd.Function while it traces one, and torch warns about itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# While it traces, dynamo instantiates torch.autograd.Function and looks at .grad of inner tensors; torch warns of both.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 NUM_EXPERTS, TOP_K, WIDTH, CLASSES, LAYERS = 4, 2, 6, 5, 2
 START_BIAS = [0.3, 0.0, -0.2, 0.1]
@@ -138,12 +141,15 @@ def running(request: pytest.FixtureRequest, backend: str) -> Iterator[tuple[Net,
     torch._dynamo.reset()
 
 
-def check(net: Net, call: Any, loss_mode: str, *, number: int, scaler: torch.amp.GradScaler | None) -> None:
-    for block in net.blocks:
-        block.moe.router.b_E.copy_(torch.tensor(START_BIAS))
-    expected = oracle(net, number)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    handle = attach(optimizer, net)
+def train_step(
+    handle: Handle,
+    optimizer: torch.optim.Optimizer,
+    call: Any,
+    loss_mode: str,
+    *,
+    number: int,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
     handle.scale_losses(accumulation_steps=number, scaler=scaler)
     for x, targets in batches(number):
         logits, aux = call(x)
@@ -155,9 +161,20 @@ def check(net: Net, call: Any, loss_mode: str, *, number: int, scaler: torch.amp
     else:
         scaler.step(optimizer)
         scaler.update()
+
+
+def check(net: Net, call: Any, loss_mode: str, *, number: int, scaler: torch.amp.GradScaler | None) -> None:
+    for block in net.blocks:
+        block.moe.router.b_E.copy_(torch.tensor(START_BIAS))
+    expected = oracle(net, number)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    handle = attach(optimizer, net)
+    try:
+        train_step(handle, optimizer, call, loss_mode, number=number, scaler=scaler)
+    finally:
+        handle.remove()
     found = {name: p.grad for name, p in net.named_parameters()}
     optimizer.zero_grad()
-    handle.remove()
 
     assert [handle.loads[f"blocks.{i}.moe"].tolist() for i in range(LAYERS)] == expected.loads
     for name, gradient in expected.gradients.items():

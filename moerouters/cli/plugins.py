@@ -66,7 +66,7 @@ def plugins(
     elif json:
         typer.echo(_report(statuses).model_dump_json(indent=2))
     else:
-        columns = ("name", "state", "distribution", "version", "api", "summary or cause")
+        columns = ("name", "state", "distribution; summary or cause")
         print_table(columns, [_cells(status) for status in statuses])
 
 
@@ -108,8 +108,7 @@ def _cells(status: registry.PluginStatus) -> tuple[str, ...]:
     return (
         status.name,
         status.state,
-        provenance.distribution,
-        f"{provenance.version} (editable)" if provenance.editable else provenance.version,
-        status.spec.api if status.spec else "-",
-        status.cause or status.summary,
+        # One cell of two lines: as columns of their own they leave a word's width for the text on 80 columns.
+        f"{provenance.distribution} {provenance.version}{' (editable)' if provenance.editable else ''}\n"
+        f"{status.cause or status.summary}",
     )

@@ -1,5 +1,4 @@
-"""Which text a step sees: a pure function of (seed, step, micro-batch), so a resumed run and another router see the same.
-"""
+"""Which text a step sees: a pure function of (seed, step, micro-batch), the same for every router and after resume."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class RouterClock:
         if spans and isinstance(spans[0][0], torch.cuda.Event):
             torch.cuda.synchronize()
             return float(sum(start.elapsed_time(end) for start, end in spans))
-        return sum(end - start for start, end in spans) * 1e3
+        return 1e3 * float(sum(end - start for start, end in spans))
 
     def _enter(self, *_: Any) -> None:
         self._entered = self._now()
@@ -54,6 +54,6 @@ class RouterClock:
 
 
 def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-import re
 import shutil
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from moerouters.errors import ConfigError, MoeroutersError
-from moerouters.lab.checkpoint import load_checkpoint, save_checkpoint
 from moerouters.lab.corpus import Corpus
-from moerouters.lab.files import atomic_path, require_writable, write_text
+from moerouters.lab.determinism import deterministic
+from moerouters.lab.files import require_writable
 from moerouters.lab.history import History
 from moerouters.lab.interrupt import StopRequest
-from moerouters.lab.measure import measure
 from moerouters.lab.ranks import Ranks
 from moerouters.lab.results import Environment, Results, RunResult, SkippedRouter, merge
-from moerouters.lab.roster import Entrant, Skipped
+from moerouters.lab.roster import Entrant
+from moerouters.lab.run import Run, run_name
 from moerouters.lab.settings import Settings
-from moerouters.lab.train import Trainer, deterministic
+from moerouters.lab.train import Trainer
 from moerouters.registry.discovery import host_version
 
 
@@ -48,7 +46,7 @@ class Comparison:
     """What to do. Every rank of a job makes the same one; only the first writes."""
 
     entrants: Sequence[Entrant]
-    skipped: Sequence[Skipped] = ()
+    skipped: Sequence[SkippedRouter] = ()
     seeds: Sequence[int]
     preset: str
     settings: Settings
@@ -61,6 +59,12 @@ class Comparison:
 
     def check(self) -> None:
         """Raise ConfigError for whatever would stop the job after it has begun."""
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "--resume and --overwrite exclude each other.",
+                why="one keeps what the other throws away",
+                fix="pick one",
+            )
         self.corpus.require(self.settings.sequence_length)
         self.ranks.require_divides(self.settings.micro_batch_size)
         if not self.ranks.first:
@@ -96,13 +100,10 @@ class Comparison:
                 results = merge(results, self._empty().model_copy(update={"runs": (result,), "status": "running"}))
                 self._save(results)
                 listener.run_ended(result)
+                gc.collect()  # modules and their hooks refer to each other: a GPU has no room for two models
                 if result.status == "interrupted":
                     break
-        statuses = {run.status for run in results.runs}
-        for status in ("interrupted", "failed", "completed"):
-            if status in statuses:
-                results = results.model_copy(update={"status": status})
-                break
+        results = results.model_copy(update={"status": _status(results.runs)})
         self._save(results)
         return results
 
@@ -123,7 +124,7 @@ class Comparison:
             settings=self.settings,
             corpus=self.corpus.info,
             environment=environment(self.device, self.settings, self.ranks),
-            skipped=tuple(SkippedRouter(label=item.label, reason=item.reason) for item in self.skipped),
+            skipped=tuple(self.skipped),
         )
 
     def _save(self, results: Results) -> None:
@@ -131,7 +132,6 @@ class Comparison:
             results.save(self.output)
 
     def _one(self, entrant: Entrant, seed: int, listener: Listener, stop: StopRequest) -> RunResult:
-        folder = self.output / "runs" / run_name(entrant.label, seed)
         trainer = Trainer(
             entrant,
             seed=seed,
@@ -140,14 +140,14 @@ class Comparison:
             device=self.device,
             ranks=self.ranks,
         )
-        run = _Run(self, entrant, seed, trainer, folder)
-        run.resume()
+        run = Run(trainer, entrant, seed=seed, output=self.output, name=run_name(entrant.label, seed))
+        if self.resume:
+            run.resume()
         listener.run_started(entrant, seed, step=trainer.step)
         try:
             while trainer.step < self.settings.steps:
                 if self._stopped(stop):
-                    run.checkpoint()
-                    return run.result("interrupted")
+                    return run.interrupted()
                 trainer.train_step()
                 listener.stepped(trainer.history)
                 if trainer.step % self.settings.checkpoint_every == 0:
@@ -159,7 +159,7 @@ class Comparison:
             if self.ranks.size > 1 and not isinstance(error, MoeroutersError):
                 raise
             return run.failed(error)
-        return run.result("completed", validation_loss=loss)
+        return run.completed(loss)
 
     def _stopped(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop: they have to leave the loop at the same step."""
@@ -167,75 +167,10 @@ class Comparison:
         return bool(self.ranks.sum(wish) > 0)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The files of one run."""
-
-    comparison: Comparison
-    entrant: Entrant
-    seed: int
-    trainer: Trainer
-    folder: Path
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
-    def _identity(self) -> dict[str, object]:
-        job = self.comparison
-        return {
-            "router": self.entrant.name,
-            "config": self.entrant.overrides,
-            "seed": self.seed,
-            "settings": job.settings.model_dump(exclude={"checkpoint_every"}),
-            "corpus": job.corpus.info.sha256,
-            "ranks": job.ranks.size,
-        }
-
-    def resume(self) -> None:
-        """Continue from the run's checkpoint, if resuming is wanted and there is one."""
-        if self.comparison.resume and self._checkpoint.exists():
-            device = self.comparison.device
-            self.trainer.load_state(load_checkpoint(self._checkpoint, identity=self._identity(), device=device))
-
-    def checkpoint(self) -> None:
-        """Write where the run stands."""
-        if self.comparison.ranks.first:
-            save_checkpoint(self._checkpoint, self.trainer.state(), identity=self._identity())
-
-    def failed(self, error: Exception) -> RunResult:
-        """The record of a run that raised; the traceback goes into a file beside its history."""
-        if self.comparison.ranks.first:
-            write_text(self.folder / "error.txt", "".join(traceback.format_exception(error)))
-        return self.result("failed", error=f"{type(error).__name__}: {error}")
-
-    def result(self, status: str, *, validation_loss: float | None = None, error: str | None = None) -> RunResult:
-        """Write the history, drop a checkpoint that nobody needs any more, and return the record."""
-        history = self.trainer.history
-        file = self.folder / "history.safetensors"
-        if self.comparison.ranks.first:
-            if len(history):
-                with atomic_path(file) as partial:
-                    history.save(partial)
-            if status == "completed":
-                self._checkpoint.unlink(missing_ok=True)
-        return measure(
-            self.entrant,
-            history,
-            seed=self.seed,
-            status=status,  # type: ignore[arg-type]
-            parameters=sum(parameter.numel() for parameter in self.trainer.model.parameters()),
-            validation_loss=validation_loss,
-            error=error,
-            history_file=file.relative_to(self.comparison.output).as_posix() if len(history) else None,
-        )
-
-
-def run_name(label: str, seed: int) -> str:
-    """A folder name for a run: readable, and different for different labels."""
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.")
-    unique = "" if readable == label else "-" + sha256(label.encode()).hexdigest()[:6]
-    return f"{readable}{unique}-seed{seed}"
+def _status(runs: Sequence[RunResult]) -> str:
+    """Of the whole comparison: that of its worst run."""
+    statuses = {run.status for run in runs}
+    return next((status for status in ("interrupted", "failed") if status in statuses), "completed")
 
 
 def environment(device: torch.device, settings: Settings, ranks: Ranks) -> Environment:

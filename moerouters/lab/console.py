@@ -62,7 +62,8 @@ class ConsoleProgress:
     def run_ended(self, result: RunResult) -> None:
         name = f"{result.label}, seed {result.seed}"
         if result.status != "completed":
-            self._say(f"{name}: {result.status} after step {result.steps}" + (f"\n{result.error}" if result.error else ""))
+            cause = f"\n{result.error}" if result.error else ""
+            self._say(f"{name}: {result.status} after step {result.steps}{cause}")
             return
         self._say(
             f"{name}: perplexity {result.perplexity:.3f}, AvgMaxVio {result.avg_max_vio:.3f}, "
@@ -79,13 +80,14 @@ def print_results(console: Console, results: Results) -> None:
     summaries = summarize(results)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("router", overflow="fold")
-    for column in COLUMNS:
-        table.add_column(column.title, justify="right")
+    columns = [column for column in COLUMNS if column.terminal]
+    for column in columns:
+        table.add_column(column.title.replace(" ", "\n"), justify="right")
     failures = any(summary.status != "completed" for summary in summaries)
     if failures:
         table.add_column("status")
     for summary in summaries:
-        cells = [Text(summary.cell(column)) for column in COLUMNS]
+        cells = [Text("\n".join(summary.parts(column))) for column in columns]
         table.add_row(Text(summary.label), *cells, *([Text(summary.status)] if failures else []))
     console.print(table)
-    console.print(Text("In brackets: the worst layer. ± is the standard deviation over seeds."), style="dim")
+    console.print(Text("In brackets: the worst layer. +- is the standard deviation over seeds."), style="dim")

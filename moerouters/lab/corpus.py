@@ -6,9 +6,10 @@ Whole files are held out for validation: neighbouring windows of one file would 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ _LEFT_OUT = {
     *("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idlelib", "lib2to3"),
     *("turtledemo", "ensurepip", "encodings"),
 }
+_BUILT = "_sysconfigdata"
 
 
 class CorpusInfo(BaseModel):
@@ -74,8 +76,7 @@ class Corpus:
 def standard_library() -> Corpus:
     """The source text of the running Python's standard library: sorted paths, without tests and generated tables."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in _text_files(root, "*.py") if not _LEFT_OUT & set(path.relative_to(root).parts)]
-    paths = [path for path in paths if not path.name.startswith("_sysconfigdata")]
+    paths = [path for path in _files(root, _LEFT_OUT) if path.suffix == ".py" and not path.name.startswith(_BUILT)]
     return _corpus(f"standard library of Python {platform.python_version()}", root, paths)
 
 
@@ -85,14 +86,18 @@ def from_path(path: Path) -> Corpus:
         return _corpus(path.name, path.parent, [path])
     if not path.is_dir():
         raise ConfigError(f"there is no text at '{path}'.", why="no such file or folder", fix="pass an existing path")
-    return _corpus(path.resolve().name, path, _text_files(path, "*"))
+    return _corpus(path.resolve().name, path, _files(path))
 
 
-def _text_files(root: Path, pattern: str) -> list[Path]:
-    """Regular files below root in the order of their relative paths, on every machine the same."""
-    found = (path for path in root.rglob(pattern) if path.is_file() and not path.is_symlink())
-    relative = {path.relative_to(root).as_posix(): path for path in found}
-    return [relative[name] for name in sorted(relative) if not any(part.startswith(".") for part in name.split("/"))]
+def _files(root: Path, left_out: Collection[str] = ()) -> list[Path]:
+    """Regular files below root in the order of their relative paths, on every machine the same; none that is hidden."""
+    found: dict[str, Path] = {}
+    for folder, folders, names in os.walk(root):
+        # In place: os.walk does not enter what is taken away (site-packages may hold a hundred thousand files).
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found |= {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and not path.is_symlink()}
+    return [found[name] for name in sorted(found)]
 
 
 def _corpus(name: str, root: Path, paths: Sequence[Path]) -> Corpus:

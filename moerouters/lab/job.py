@@ -48,12 +48,15 @@ def run_compare(options: CompareOptions) -> int:
     device = choose_device(options.device)
     set_threads()
     with joined_ranks(device) as ranks:
-        console = Console(quiet=not ranks.first)
+        console = make_console(ranks)
         comparison = prepare(options, device=device, ranks=ranks)
         introduce(console, comparison)
         progress = ConsoleProgress(console, steps=comparison.settings.steps, shown=ranks.first)
-        with StopRequest() as stop, progress:
-            results = comparison.run(progress, stop)
+        try:
+            with StopRequest() as stop, progress:
+                results = comparison.run(progress, stop)
+        except KeyboardInterrupt:  # the second one: leave at once, results.json and the last checkpoint stand
+            return 130
         if ranks.first:
             report = write_report(results, options.output)
             print_results(console, results)
@@ -94,15 +97,18 @@ def introduce(console: Console, comparison: Comparison) -> None:
     info = comparison.corpus.info
     labels = ", ".join(entrant.label for entrant in comparison.entrants)
     console.print(Text(f"routers: {labels}"))
-    console.print(
-        Text(
-            f"preset {comparison.preset}, {comparison.settings.steps} steps of {comparison.settings.batch_tokens} bytes, "
-            f"seeds {', '.join(map(str, comparison.seeds))}, on {comparison.device}"
-        )
-    )
+    settings, seeds = comparison.settings, ", ".join(map(str, comparison.seeds))
+    size = f"{settings.steps} steps of {settings.batch_tokens} bytes"
+    console.print(Text(f"preset {comparison.preset}: {size}, seeds {seeds}, on {comparison.device}"))
     console.print(Text(f"corpus: {info.name}, {info.train_bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}"))
     for item in comparison.skipped:
         console.print(Text(f"skipped {item.label}: {item.reason}"), style="yellow")
+
+
+def make_console(ranks: Ranks) -> Console:
+    """Standard output of the first rank; wide enough for the table where no terminal says how wide it is."""
+    console = Console(quiet=not ranks.first)
+    return console if console.is_terminal else Console(quiet=not ranks.first, width=120)
 
 
 def choose_device(name: str) -> torch.device:
@@ -142,5 +148,3 @@ def _settings(options: CompareOptions) -> Settings:
 
 def _corpus(text: Path | None) -> Corpus:
     return corpora.standard_library() if text is None else corpora.from_path(text)
-
-

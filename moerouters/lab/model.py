@@ -40,6 +40,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, settings.hidden_size)
         self.blocks = nn.ModuleList([_Block(settings, router) for router in routers])
+        self.head_size = settings.hidden_size // settings.num_heads
         self.norm = nn.RMSNorm(settings.hidden_size, eps=1e-6)
         self.head = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
         if settings.tied_head:
@@ -57,7 +58,7 @@ class LanguageModel(nn.Module):
         B, S = tokens_BS.shape
         sequence_ids_T = torch.arange(B, device=tokens_BS.device).repeat_interleave(S)
         x_BSD = self.embedding(tokens_BS)
-        rotary = _rotary(S, self.blocks[0].attention.head_size, tokens_BS.device)
+        rotary = _rotary(S, self.head_size, tokens_BS.device)
         assignments = []
         for layer, block in enumerate(self.blocks):
             ctx = RouteContext(

@@ -44,7 +44,7 @@ _MINIMIND_16 = Settings(
     learning_rate=5e-4,
     warmup_steps=100,
     validation_sequences=1024,
-    checkpoint_every=100,
+    checkpoint_every=250,
 )
 
 PRESETS = {

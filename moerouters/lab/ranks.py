@@ -29,8 +29,8 @@ class Ranks:
         return self.rank == 0
 
     def part(self, rows: Tensor) -> Tensor:
-        """This rank's slice of a batch whose rows all ranks can draw."""
-        return rows.chunk(self.size)[self.rank]
+        """This rank's slice of a batch whose rows all ranks can draw; empty where there are too few."""
+        return rows[self.rank :: self.size]
 
     def require_divides(self, micro_batch_size: int) -> None:
         """Raise ConfigError unless every rank gets as many sequences as the next."""
@@ -57,7 +57,7 @@ class Ranks:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.size
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def require_same_state(self, model: nn.Module) -> None:

@@ -1,3 +1,70 @@
+"""report.html: one file with everything in it, which opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
 from pathlib import Path
-def require_report_extra(): pass
-def write_report(results, output): return output / "report.html"
+from typing import Any
+
+from moerouters.errors import MoeroutersError
+from moerouters.lab.files import write_text
+from moerouters.lab.pictures import colour_of, draw_all
+from moerouters.lab.results import Results
+from moerouters.lab.settings import Settings
+from moerouters.lab.summary import COLUMNS, summarize
+
+
+def require_report_extra() -> None:
+    """Raise MoeroutersError unless matplotlib and jinja2 are installed: better now than after the training."""
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MoeroutersError(
+            f"the report needs {' and '.join(missing)}, which is not installed.",
+            why="pictures and reports come with an extra, so that a plain install stays light",
+            fix='pip install "moerouters[lab]"',
+        )
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Draw the pictures into folder/pictures and write folder/report.html; returns its path."""
+    require_report_extra()
+    import jinja2
+
+    pictures = draw_all(results, folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("moerouters.lab", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path = folder / "report.html"
+    write_text(path, environment.get_template("report.html.j2").render(_content(results, pictures)))
+    return path
+
+
+def _content(results: Results, pictures: dict[str, Path]) -> dict[str, Any]:
+    summaries = summarize(results)
+    return {
+        "results": results,
+        "columns": COLUMNS,
+        "rows": [
+            {
+                "label": summary.label,
+                "colour": colour_of(summaries, summary.label)[0],
+                "status": summary.status,
+                "cells": [" ".join(summary.parts(column)) for column in COLUMNS],
+            }
+            for summary in summaries
+        ],
+        "summaries": summaries,
+        "problems": [run for run in results.runs if run.error],
+        "pictures": {title: base64.b64encode(path.read_bytes()).decode() for title, path in pictures.items()},
+        "settings": {
+            name: (value, Settings.model_fields[name].description or "")
+            for name, value in results.settings.model_dump().items()
+        },
+        "environment": results.environment.model_dump(),
+        "corpus": results.corpus,
+    }

@@ -147,7 +147,7 @@ def require_comparable(first: Results, second: Results) -> None:
     if first.corpus.sha256 != second.corpus.sha256:
         raise ConfigError(
             "these results were measured on different text and are not comparable.",
-            where=f"{first.corpus.name}: sha256 {first.corpus.sha256}\n{second.corpus.name}: sha256 {second.corpus.sha256}",
+            where="\n".join(f"{text.name}: sha256 {text.sha256}" for text in (first.corpus, second.corpus)),
             why="perplexity and balance depend on the text",
             fix="run both on the same text: --text PATH",
         )

@@ -10,6 +10,7 @@ from moerouters import registry
 from moerouters.errors import ConfigError, MoeroutersError, RouterUnavailable
 from moerouters.lab.overrides import label as make_label
 from moerouters.lab.overrides import parse_routers
+from moerouters.lab.results import SkippedRouter
 from moerouters.lab.settings import Settings
 from moerouters.registry import Provenance
 from moerouters.router import Router
@@ -29,14 +30,6 @@ class Entrant:
         return registry.build(self.name, settings.gating(), config=self.overrides)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A router that is installed, was not named, and cannot be used here."""
-
-    label: str
-    reason: str
-
-
 def named_roster(text: str, settings: Settings) -> list[Entrant]:
     """The routers of `--routers`. Any that cannot be built raises, with its cause, before anything is trained."""
     entrants = [_entrant(label, name, overrides, settings) for label, name, overrides in parse_routers(text)]
@@ -47,25 +40,25 @@ def named_roster(text: str, settings: Settings) -> list[Entrant]:
     return entrants
 
 
-def default_roster(settings: Settings) -> tuple[list[Entrant], list[Skipped]]:
+def default_roster(settings: Settings) -> tuple[list[Entrant], list[SkippedRouter]]:
     """Every installed router with its defaults, then with each further config that its spec offers for comparisons."""
     entrants: list[Entrant] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRouter] = []
     for name in registry.available():
         for overrides in _configs(name, skipped):
             label = make_label(name, overrides)
             try:
                 entrants.append(_entrant(label, name, overrides, settings))
             except MoeroutersError as error:
-                skipped.append(Skipped(label=label, reason=str(error)))
+                skipped.append(SkippedRouter(label=label, reason=str(error)))
     return entrants, skipped
 
 
-def _configs(name: str, skipped: list[Skipped]) -> Sequence[dict[str, Any]]:
+def _configs(name: str, skipped: list[SkippedRouter]) -> Sequence[dict[str, Any]]:
     try:
         spec = registry.info(name).spec
     except MoeroutersError as error:
-        skipped.append(Skipped(label=name, reason=str(error)))
+        skipped.append(SkippedRouter(label=name, reason=str(error)))
         return ()
     return ({}, *(dict(overrides) for overrides in _distinct(spec.baselines)))
 

@@ -54,9 +54,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not give {self.num_heads} heads of an even width (rotary attention)"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} does not give {self.num_heads} heads of an even width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         return self

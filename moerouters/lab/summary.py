@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moerouters.lab.results import Results, RunResult
@@ -24,69 +24,77 @@ class Spread:
             return None
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
-    def text(self, digits: int) -> str:
-        """'1.23' or '1.23 ± 0.04'."""
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{deviation}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of the table: how to read it from a run, and how to print it."""
+    """A column of the table: which metric of a run it shows, and how."""
 
     title: str
+    metric: str
+    """Field of RunResult."""
     note: str
     """What the number is, in one sentence."""
-    digits: int
-    value: Callable[[RunResult], float | None]
-    worst: Callable[[RunResult], float | None] | None = None
-    """The same of the worst layer, printed in brackets."""
+    digits: int = 3
+    factor: float = 1.0
+    layered: bool = False
+    """Beside the model's value stands that of its worst layer."""
+    terminal: bool = True
+    """False: in the report only."""
+
+    def value(self, run: RunResult) -> float | None:
+        """The model's value, None if the run has none."""
+        value = getattr(run, self.metric)
+        return None if value is None else self.factor * value
+
+    def worst(self, run: RunResult) -> float | None:
+        """The worst layer's value, None if the run has none or the metric is not one of layers."""
+        if not self.layered or run.worst_layer is None:
+            return None
+        return self.factor * float(getattr(run.worst_layer, self.metric))
 
 
 COLUMNS = (
     Column(
-        title="perplexity", digits=3, value=lambda run: run.perplexity,
-        note="exp of the mean cross-entropy per byte on held-out files, in eval mode; lower is better",
+        title="perplexity",
+        metric="perplexity",
+        note="exp of the mean cross-entropy per byte on held-out text, in eval mode; lower is better",
     ),
+    Column(title="bits/byte", metric="bits_per_byte", note="the same cross-entropy in bits", terminal=False),
     Column(
-        title="bits/byte", digits=3, value=lambda run: run.bits_per_byte,
-        note="the same cross-entropy in bits",
-    ),
-    Column(
-        title="AvgMaxVio", digits=3, value=lambda run: run.avg_max_vio,
-        worst=lambda run: run.worst_layer and run.worst_layer.avg_max_vio,
+        title="AvgMaxVio",
+        metric="avg_max_vio",
         note="max load / mean load - 1 of a training batch, mean over batches; 0 is perfect balance",
+        layered=True,
     ),
+    Column(title="SupMaxVio", metric="sup_max_vio", note="the same, the largest of all batches", layered=True),
     Column(
-        title="SupMaxVio", digits=3, value=lambda run: run.sup_max_vio,
-        worst=lambda run: run.worst_layer and run.worst_layer.sup_max_vio,
-        note="the same, the largest of all batches",
-    ),
-    Column(
-        title="micro AvgMaxVio", digits=3, value=lambda run: run.micro_avg_max_vio,
-        worst=lambda run: run.worst_layer and run.worst_layer.micro_avg_max_vio,
+        title="micro AvgMaxVio",
+        metric="micro_avg_max_vio",
         note="AvgMaxVio where a batch is one micro-batch, that is one forward pass",
+        layered=True,
     ),
     Column(
-        title="MinVio", digits=3, value=lambda run: run.min_vio,
-        worst=lambda run: run.worst_layer and run.worst_layer.min_vio,
+        title="MinVio",
+        metric="min_vio",
         note="min load / mean load - 1 in the last step; -1 is an expert without tokens",
+        layered=True,
     ),
     Column(
-        title="dead experts", digits=0, value=lambda run: run.dead_experts,
-        worst=lambda run: run.worst_layer and run.worst_layer.dead_experts,
+        title="dead experts",
+        metric="dead_experts",
         note="experts without a token in the last step, over all layers",
+        digits=0,
+        layered=True,
     ),
+    Column(title="step ms", metric="step_ms", note="median time of an optimizer step", digits=0),
     Column(
-        title="step ms", digits=0, value=lambda run: run.step_ms,
-        note="median time of an optimizer step",
-    ),
-    Column(
-        title="router share %", digits=1,
-        value=lambda run: None if run.router_share is None else 100 * run.router_share,
+        title="router share %",
+        metric="router_share",
         note="part of a step in gate and router: forward, and update after the step; their backward is not counted",
+        digits=1,
+        factor=100.0,
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +110,18 @@ class RouterSummary:
         other = sorted({run.status for run in self.runs} - {"completed"})
         return ", ".join(other) or "completed"
 
-    def cell(self, column: Column) -> str:
-        """The text of a table's cell: mean over seeds, spread, worst layer in brackets; '-' without data."""
+    def parts(self, column: Column) -> list[str]:
+        """The text of a table's cell in parts: mean over seeds, +- spread, (worst layer); '-' without data."""
         spread = Spread.of(column.value(run) for run in self.runs)
         if spread is None:
-            return "-"
-        worst = Spread.of(column.worst(run) for run in self.runs) if column.worst else None
-        return spread.text(column.digits) + (f" ({worst.mean:.{column.digits}f})" if worst else "")
+            return ["-"]
+        parts = [f"{spread.mean:.{column.digits}f}"]
+        if spread.deviation is not None:
+            parts.append(f"+- {spread.deviation:.{column.digits}f}")
+        worst = Spread.of(column.worst(run) for run in self.runs)
+        if worst is not None:
+            parts.append(f"({worst.mean:.{column.digits}f})")
+        return parts
 
 
 def summarize(results: Results) -> list[RouterSummary]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moerouters.attach import attach
 from moerouters.errors import MoeroutersError
@@ -24,24 +21,6 @@ from moerouters.lab.ranks import Ranks
 from moerouters.lab.roster import Entrant
 from moerouters.lab.settings import Settings
 from moerouters.metrics import max_violation
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic algorithms only, for as long as the block lasts; the process's own choice is restored after."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # Filling every fresh tensor with NaN finds bugs and changes no result; it would be measured as step time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        # Of the attention kernels these two have a deterministic backward on every device.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class Trainer:
@@ -109,17 +88,20 @@ class Trainer:
         )
         # Ranks hold different tokens of a micro-batch and must not draw the same noise for them.
         noise_key = torch.tensor([self.seed, self.step, index * self.ranks.size + self.ranks.rank])
-        cross_entropy, output = self._forward(self.ranks.part(windows), noise_key)
-        ((cross_entropy + output.aux_loss()) / s.accumulation_steps).backward()
+        cross_entropy_N, output = self._forward(self.ranks.part(windows), noise_key)
+        cross_entropy = cross_entropy_N.mean()
+        ((cross_entropy + output.aux_loss()) / s.accumulation_steps).backward()  # type: ignore[no-untyped-call]
         return cross_entropy.detach().double(), torch.stack([a.load_E for a in output.assignments])
 
     def _forward(self, windows: Tensor, noise_key: Tensor | None) -> tuple[Tensor, ModelOutput]:
+        """float32 [N] cross-entropy of every byte, and what the model gave."""
         windows = windows.to(self.device)
         key = None if noise_key is None else noise_key.to(self.device)
         autocast = self.settings.bf16 and self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             output: ModelOutput = self.model(windows[:, :-1], key)
-        return F.cross_entropy(output.logits_BSV.float().flatten(0, 1), windows[:, 1:].flatten()), output
+        logits_NV, targets_N = output.logits_BSV.float().flatten(0, 1), windows[:, 1:].flatten()
+        return F.cross_entropy(logits_NV, targets_N, reduction="none"), output
 
     def _remember(self, loss: float, loads_ALE: Tensor, step_ms: float) -> None:
         history = self.history
@@ -134,14 +116,13 @@ class Trainer:
         """Mean cross-entropy in nats per byte over the fixed held-out windows, in eval mode."""
         s = self.settings
         self.model.eval()
-        windows = validation_windows(
-            self.corpus.validation, count=s.validation_sequences, length=s.sequence_length
-        )
+        windows = validation_windows(self.corpus.validation, count=s.validation_sequences, length=s.sequence_length)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in windows[self.ranks.rank :: self.ranks.size].split(s.micro_batch_size):
-            cross_entropy, _ = self._forward(batch, None)
-            total += cross_entropy.double() * len(batch)
-        return float(self.ranks.sum(total)) / len(windows)
+        # Every rank makes the same number of forward passes, some with nothing in it: a router may talk to the others.
+        for batch in torch.split(windows, s.micro_batch_size):
+            cross_entropy_N, _ = self._forward(self.ranks.part(batch), None)
+            total += cross_entropy_N.double().sum()
+        return float(self.ranks.sum(total)) / (len(windows) * s.sequence_length)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, and the history; loadable with weights_only=True."""

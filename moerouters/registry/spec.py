@@ -16,7 +16,7 @@ API_VERSION = "0.1"
 class RouterConfig(BaseModel):
     """Base of every router's own settings: frozen, closed, validated. A router without settings uses it as it is."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RouterSpec(BaseModel):
@@ -34,7 +34,7 @@ class RouterSpec(BaseModel):
     capabilities: Capabilities = Capabilities()
     reference: str = ""
     """Paper or page with the equations."""
-    api: str = Field(default=API_VERSION, pattern=r"^\d+\.\d+$")
-    """Plugin API it was written for."""
+    api: str = Field(pattern=r"^\d+\.\d+$")
+    """Plugin API it was written for, as a literal: the host's own API_VERSION would always seem to fit."""
     baselines: tuple[Mapping[str, Any], ...] = ()
     """Further settings, beside the defaults, that a comparison should run too (overrides of config fields)."""

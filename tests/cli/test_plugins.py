@@ -25,12 +25,11 @@ def test_table_imports_nothing(modules: PluginModules, monkeypatch: pytest.Monke
     result = run(monkeypatch, registry)
     assert result.exit_code == 0
     table = lines(result)
-    assert ["name", "state", "distribution", "version", "api", "summary or cause"] in table
-    assert ["bip", "discovered", "moerouters-bip", "0.1.0", "-", "About bip."] in table
-    assert [
-        *("loss-free", "blocked", "moerouters-loss-free", "0.1.0 (editable)", "-"),
-        "on the denylist, MOEROUTERS_DISABLE",
-    ] in table
+    assert ["name", "state", "distribution; summary or cause"] in table
+    at = table.index(["bip", "discovered", "moerouters-bip 0.1.0"])
+    assert table[at + 1] == ["About bip."]
+    at = table.index(["loss-free", "blocked", "moerouters-loss-free 0.1.0 (editable)"])
+    assert table[at + 1] == ["on the denylist, MOEROUTERS_DISABLE"]
     assert "fake_bip" not in sys.modules
 
 
@@ -39,11 +38,9 @@ def test_import_tries_each_and_still_succeeds(modules: PluginModules, monkeypatc
     result = run(monkeypatch, registry_of(modules.router("bip"), entry("markup")), "--import")
     assert result.exit_code == 0
     table = lines(result)
-    assert ["bip", "ready", "moerouters-bip", "0.1.0", "0.1", "Is bip."] in table
-    assert [
-        *("markup", "failed", "moerouters-markup", "0.1.0", "-"),
-        "ValueError: [bold]brackets[/bold] are text",
-    ] in table
+    assert table[table.index(["bip", "ready", "moerouters-bip 0.1.0"]) + 1] == ["Is bip."]
+    at = table.index(["markup", "failed", "moerouters-markup 0.1.0"])
+    assert table[at + 1] == ["ValueError: [bold]brackets[/bold] are text"]
 
 
 def test_strict_import_fails(monkeypatch: pytest.MonkeyPatch) -> None:

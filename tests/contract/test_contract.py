@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.assignments import assert_same_bits, tensors_of, weights_by_pair
 from torch import Tensor
 
-from moerouters import AssignmentKind, MoELayer, RouteContext, Router, attach
+from moerouters import Assignment, AssignmentKind, MoELayer, RouteContext, Router, attach
 from moerouters.capabilities import StateAlgebra
 from moerouters.errors import ContextError, NonFiniteLogits
+from support.assignments import assert_same_bits, tensors_of, weights_by_pair
 
 from .probes import HIDDEN_SIZE, NUM_EXPERTS, PROBES
 
@@ -20,6 +20,12 @@ T = 23
 """Odd on purpose: T * K / E is no integer."""
 
 Make = Callable[..., Router]
+
+
+def promising(**promises: object) -> list[str]:
+    """Names of the probes that declare these capabilities."""
+    declared = {name: make().capabilities for name, make in PROBES.items()}
+    return [name for name, caps in declared.items() if all(getattr(caps, k) == v for k, v in promises.items())]
 
 
 @pytest.fixture(params=PROBES.values(), ids=PROBES.keys())
@@ -98,7 +104,7 @@ def test_every_expert_may_be_chosen(make: Make) -> None:
     before = state_of(router)
     router.update(dict(assignment.stats))
     assert all(bool(torch.isfinite(value).all()) for value in router.state_dict().values())
-    if type(router).__name__ in ("Bip", "LaggedQuantile"):
+    if router.state_names() != ("l1_scale",):  # ReMoE steers sparsity, not balance
         assert_same_bits(router.state_dict(), before)
 
 
@@ -125,7 +131,7 @@ def test_compiled_equals_eager(router: Router, training: bool, backend: str) -> 
     compiled = torch.compile(router, fullgraph=True, backend=backend)
     ctx = replace(full_context(), valid_T=torch.arange(T) != 5)
 
-    def run(route: Callable[..., object]) -> dict[str, Tensor]:
+    def run(route: Callable[..., Assignment]) -> dict[str, Tensor]:
         logits_TE = random_logits().requires_grad_()
         assignment = route(logits_TE, ctx)
         (gradient_TE,) = torch.autograd.grad(readout(assignment), logits_TE, allow_unused=True)
@@ -139,7 +145,7 @@ def test_compiled_equals_eager(router: Router, training: bool, backend: str) -> 
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def readout(assignment) -> Tensor:  # type: ignore[no-untyped-def]
+def readout(assignment: Assignment) -> Tensor:
     """A scalar that depends on all weights, unevenly, and on all losses."""
     weights_N = assignment.pairs()[2]
     slopes_N = torch.linspace(-1, 1, weights_N.numel(), dtype=weights_N.dtype)
@@ -221,29 +227,30 @@ def test_gradients_reach_what_they_should(router: Router) -> None:
     assert not any(stat.requires_grad for stat in assignment.stats.values())
 
 
-def test_additive_stats_add_up(router: Router) -> None:
+@pytest.mark.parametrize("name", promising(state=StateAlgebra.ADDITIVE))
+def test_additive_stats_add_up(name: str) -> None:
     """Splitting a batch over micro-batches changes nothing; ranks are the same thing."""
-    if router.capabilities.state is StateAlgebra.MEAN_OF_SOLVES:
-        pytest.skip("each forward solves on its own tokens")
+    router = trained(PROBES[name]())
     logits_TE, ctx = random_logits(), full_context()
     whole = router(logits_TE, ctx)
     parts = [router(logits_TE[rows], cut(ctx, rows)) for rows in (slice(0, 9), slice(9, T))]
-    for name, stat in whole.stats.items():
-        assert torch.equal(parts[0].stats[name] + parts[1].stats[name], stat)
+    assert whole.stats
+    for key, stat in whole.stats.items():
+        assert torch.equal(parts[0].stats[key] + parts[1].stats[key], stat)
 
 
-def test_mean_of_solves_weighs_by_tokens(router: Router) -> None:
-    if router.capabilities.state is not StateAlgebra.MEAN_OF_SOLVES:
-        pytest.skip("no mean of solves")
-    twin = copy.deepcopy(router)
+@pytest.mark.parametrize("name", promising(state=StateAlgebra.MEAN_OF_SOLVES))
+def test_solves_are_averaged_by_their_tokens(name: str) -> None:
+    router = trained(PROBES[name]())
     parts = [router(random_logits(tokens, seed=tokens), full_context(tokens)) for tokens in (8, 24)]
-    solutions = []
-    for part in parts:
-        each = copy.deepcopy(twin)
+    alone = [copy.deepcopy(router) for _ in parts]
+    for each, part in zip(alone, parts, strict=True):
         each.update(dict(part.stats))
-        solutions.append(each.q_E)
-    router.update({name: parts[0].stats[name] + parts[1].stats[name] for name in parts[0].stats})
-    torch.testing.assert_close(router.q_E, 0.25 * solutions[0] + 0.75 * solutions[1])
+    router.update({key: parts[0].stats[key] + parts[1].stats[key] for key in parts[0].stats})
+    for key in router.state_names():
+        few, many = (each.get_buffer(key) for each in alone)
+        assert not torch.equal(few, many)
+        torch.testing.assert_close(router.get_buffer(key), 0.25 * few + 0.75 * many)
 
 
 def test_eval_is_frozen_and_keeps_its_promise(router: Router) -> None:
@@ -268,14 +275,19 @@ def test_causal_means_that_later_tokens_do_not_matter(router: Router) -> None:
     assert (together == weights_by_pair(early)) == router.capabilities.causal
 
 
-def test_state_changes_in_update_and_survives_a_round_trip(router: Router, make: Make) -> None:
-    if router.capabilities.state is StateAlgebra.STATELESS:
-        assert not router.state_names()
-        pytest.skip("learns nothing")
+@pytest.mark.parametrize("name", promising(state=StateAlgebra.STATELESS))
+def test_a_stateless_router_has_no_state(name: str) -> None:
+    assert not PROBES[name]().state_names()
+    assert not PROBES[name]()(random_logits(), full_context()).stats
+
+
+@pytest.mark.parametrize("name", sorted(PROBES.keys() - promising(state=StateAlgebra.STATELESS)))
+def test_state_changes_in_update_and_survives_a_round_trip(name: str) -> None:
+    make = PROBES[name]
+    router = trained(make())
     before = state_of(router)
     router.update(dict(router(random_logits(seed=3), full_context()).stats))
-    changed = [name for name, value in router.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed
+    assert any(not torch.equal(value, before[key]) for key, value in router.state_dict().items())
     other = make()
     other.load_state_dict(router.state_dict())
     logits_TE, ctx = random_logits(seed=4), full_context()
@@ -347,11 +359,8 @@ def test_a_layer_names_itself_when_its_logits_are_not_finite(make: Make) -> None
     layer.zero_grad()
     with pytest.raises(NonFiniteLogits, match="layer 'moe' gave NaN or infinite logits for 1 tokens"):
         optimizer.step()
-    assert_same_bits({n: layer.router.get_buffer(n) for n in layer.router.state_names()}, before, but=params(layer.router))
-
-
-def params(router: Router) -> set[str]:
-    return {name for name, _ in router.named_parameters()}
+    for name in layer.router.state_names():
+        assert torch.equal(layer.router.get_buffer(name), before[name])
 
 
 def test_a_router_says_what_it_misses() -> None:

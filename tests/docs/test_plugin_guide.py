@@ -54,6 +54,7 @@ def test_the_untitled_fragments_of_the_guide_run(tmp_path: Path) -> None:
     router_class = type("WithLoss", (share,), {"losses": names["losses"]})
     spec = moerouters.RouterSpec(
         name="share",
+        api="0.1",
         summary="as in the guide",
         factory=router_class,
         config=names["ShareConfig"],  # type: ignore[arg-type]

@@ -28,7 +28,9 @@ class Balanced(Router):
     def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
         E = self.gating.num_experts
         tokens = ctx.valid_T.sum().clamp_min(1)
-        mean_E = torch.where(ctx.valid_T.unsqueeze(1), self.gating.probabilities(routing.logits_TE), 0.0).sum(0) / tokens
+        mean_E = (
+            torch.where(ctx.valid_T.unsqueeze(1), self.gating.probabilities(routing.logits_TE), 0.0).sum(0) / tokens
+        )
         share_E = routing.load_E.to(mean_E.dtype) / routing.load_E.sum().clamp_min(1)
         return {"switch": ALPHA * E * (share_E * mean_E).sum()}
 

@@ -36,7 +36,7 @@ class TokenLoop:
     top_k: int
     activation: str = "swiglu"
     bias: Sequence[float] | None = None
-    keep: Callable[[int, int], bool] = lambda token, expert: True  # noqa: E731
+    keep: Callable[[int, int], bool] = lambda token, expert: True
     """Whether the pair survives the capacity limit."""
     ids: list[list[int]] = field(default_factory=list)
     probabilities: list[Tensor] = field(default_factory=list)

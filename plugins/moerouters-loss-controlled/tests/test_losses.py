@@ -13,6 +13,7 @@ from moerouters import Gating, RouteContext
 from moerouters_loss_controlled.config import LossControlledConfig
 from moerouters_loss_controlled.router import LossControlledRouter
 
+NAMES = ("switch", "sequence", "global", "z")
 EVERY = {"alpha": 0.5, "sequence_alpha": 0.25, "global_alpha": 2.0, "z_alpha": 0.125}
 
 
@@ -129,7 +130,7 @@ def test_losses_follow_the_papers(case: Case, form: str) -> None:
         assert found[name].item() == pytest.approx(value, rel=tolerance[name], abs=tolerance[name]), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(case=cases(), form=st.sampled_from(["switch", "gshard"]))
 @example(case=COLLAPSED, form="switch")
 @example(case=NO_TOKEN, form="switch")
@@ -143,11 +144,7 @@ def test_gradients_are_those_of_the_losses(case: Case, form: str) -> None:
         num_sequences=ctx.num_sequences,
         forced_ids_TK=forced_TK,
     )
-    for name in EVERY_NAME:
-        assert torch.autograd.gradcheck(lambda x, name=name: router(x, fixed).losses[name], (logits_TE,)), name
-
-
-EVERY_NAME = ("switch", "sequence", "global", "z")
+    assert torch.autograd.gradcheck(lambda x: tuple(router(x, fixed).losses.values()), (logits_TE,))
 
 
 @pytest.mark.parametrize("E", [3, 8])
@@ -202,9 +199,7 @@ def test_padding_leaves_every_loss_and_gradient(form: str) -> None:
         (gradient_TE,) = torch.autograd.grad(torch.stack(list(assignment.losses.values())).sum(), logits_TE)
         return dict(assignment.losses), gradient_TE, dict(assignment.stats)
 
-    plain, plain_gradient, plain_stats = run(
-        real_TE, RouteContext(sequence_ids_T=sequence_ids_T, num_sequences=2)
-    )
+    plain, plain_gradient, plain_stats = run(real_TE, RouteContext(sequence_ids_T=sequence_ids_T, num_sequences=2))
     junk_TE = torch.tensor([[1e30, 0, 0, 0], [float("nan")] * 4, [float("inf"), 0, 0, -float("inf")]])
     padded, padded_gradient, padded_stats = run(
         torch.cat([real_TE, junk_TE.double()]),
@@ -215,7 +210,7 @@ def test_padding_leaves_every_loss_and_gradient(form: str) -> None:
             num_sequences=2,
         ),
     )
-    for name in EVERY_NAME:
+    for name in NAMES:
         torch.testing.assert_close(padded[name], plain[name])
     torch.testing.assert_close(padded_gradient[:7], plain_gradient)
     assert (padded_gradient[7:] == 0).all()
@@ -227,7 +222,7 @@ def test_no_tokens_give_zeros_with_a_graph() -> None:
     logits_TE = torch.zeros(0, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
     found = router(logits_TE, RouteContext(sequence_ids_T=none, num_sequences=0)).losses
-    assert [found[name].item() for name in EVERY_NAME] == [0.0] * 4
+    assert [found[name].item() for name in NAMES] == [0.0] * 4
     total = torch.stack(list(found.values())).sum()
     (gradient_TE,) = torch.autograd.grad(total, logits_TE)
     assert gradient_TE.shape == (0, 4)

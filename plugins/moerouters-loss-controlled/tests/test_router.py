@@ -104,8 +104,6 @@ def test_a_bad_config_is_named(config: dict[str, object], words: str) -> None:
     [
         (RouteContext(), "needs sequence_ids_T"),
         (RouteContext(sequence_ids_T=torch.zeros(3, dtype=torch.int64)), "needs num_sequences"),
-        (RouteContext(sequence_ids_T=torch.zeros(4, dtype=torch.int64), num_sequences=1), r"shape \[4\]"),
-        (RouteContext(sequence_ids_T=torch.zeros(1, 3, dtype=torch.int64), num_sequences=1), r"shape \[1, 3\]"),
     ],
 )
 def test_sequences_are_never_guessed(ctx: RouteContext, words: str) -> None:
@@ -209,9 +207,7 @@ def test_compiles_whole_and_gives_the_same_numbers(form: str) -> None:
     torch.manual_seed(4)
     router = make(form=form, **ALL)
     compiled = torch.compile(router, backend="aot_eager", fullgraph=True)
-    ctx = RouteContext(
-        valid_T=torch.arange(9) != 3, sequence_ids_T=torch.arange(9) % 2, num_sequences=2
-    )
+    ctx = RouteContext(valid_T=torch.arange(9) != 3, sequence_ids_T=torch.arange(9) % 2, num_sequences=2)
 
     def run(route: torch.nn.Module, logits_TE: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         logits_TE = logits_TE.clone().requires_grad_()

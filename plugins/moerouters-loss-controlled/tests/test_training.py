@@ -33,24 +33,25 @@ def tokens(step: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "loss_mode"),
     [
-        {"alpha": 1.0},
-        {"alpha": 1.0, "form": "gshard"},
-        {"alpha": 0.0, "sequence_alpha": 1.0},
-        {"alpha": 0.0, "global_alpha": 1.0},
-        {"alpha": 0.0, "global_alpha": 1.0, "global_load": "all_reduce"},
-        {"alpha": 0.3, "sequence_alpha": 0.3, "global_alpha": 0.3, "z_alpha": 0.01},
+        ({"alpha": 1.0}, "collect"),
+        ({"alpha": 1.0, "form": "gshard"}, "inject"),
+        ({"alpha": 0.0, "sequence_alpha": 1.0}, "collect"),
+        ({"alpha": 0.0, "global_alpha": 1.0}, "inject"),
+        ({"alpha": 0.0, "global_alpha": 1.0, "global_load": "all_reduce"}, "collect"),
+        ({"alpha": 0.3, "sequence_alpha": 0.3, "global_alpha": 0.3, "z_alpha": 0.01}, "inject"),
+        ({"alpha": 0.3, "sequence_alpha": 0.3, "global_alpha": 0.3, "z_alpha": 0.01}, "collect"),
     ],
-    ids=["switch", "gshard", "sequence", "global-last-step", "global-all-reduce", "several"],
+    ids=["switch", "gshard", "sequence", "global-last-step", "global-all-reduce", "several-inject", "several-collect"],
 )
-@pytest.mark.parametrize("loss_mode", ["collect", "inject"])
 def test_balances_skewed_logits(config: dict[str, object], loss_mode: str) -> None:
     layer = layer_with(skewed_gate(), **config)
     optimizer = torch.optim.SGD(layer.gate.parameters(), lr=1.0)
-    handle = attach(optimizer, layer, loss_mode=loss_mode)
+    attach(optimizer, layer, loss_mode=loss_mode)
+    counted = 1 if config.get("form") == "gshard" else K  # GShard's loss balances the first choices
     violations = []
-    for step in range(100):
+    for step in range(80):
         out = layer(tokens(step).reshape(4, T // 4, D + 1))
         loss = out.hidden.sum() * 0
         if loss_mode == "collect":
@@ -58,7 +59,8 @@ def test_balances_skewed_logits(config: dict[str, object], loss_mode: str) -> No
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        violations.append(max_violation(handle.loads[""]).item())
+        ids_N = out.assignment.expert_ids_TK[:, :counted].reshape(-1)
+        violations.append(max_violation(torch.bincount(ids_N, minlength=E)).item())
     assert violations[0] > 1.5
     assert sum(violations[-20:]) / 20 < 0.4
 

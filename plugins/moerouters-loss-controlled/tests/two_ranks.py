@@ -41,12 +41,11 @@ def check_all_reduce(rank: int, logits_TE: torch.Tensor) -> None:
     alone = LossControlledRouter(Gating.softmax(E, K), LossControlledConfig(alpha=1.0))
     compiled = torch.compile(router, backend="aot_eager", fullgraph=True)
     f_E = alone(logits_TE).load_E.double() * E / (len(logits_TE) * K)
-    for cut in (10, 3, 20):
+    for route, cut in ((router, 10), (router, 20), (compiled, 3)):
         own_TE = logits_TE.tensor_split([cut])[rank]
-        for route in (router, compiled):
-            loss = route(own_TE).losses["global"]
-            expected = (f_E * own_TE.softmax(dim=-1).sum(dim=0)).sum() / max(len(own_TE), 1)
-            torch.testing.assert_close(loss, expected)
+        loss = route(own_TE).losses["global"]
+        expected = (f_E * own_TE.softmax(dim=-1).sum(dim=0)).sum() / max(len(own_TE), 1)
+        torch.testing.assert_close(loss, expected)
 
     # With equal shares the mean over ranks is the loss, and the gradient, of the whole batch.
     whole_TE = logits_TE.clone().requires_grad_()

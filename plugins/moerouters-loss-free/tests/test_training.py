@@ -13,9 +13,7 @@ E, K, D, T = 8, 2, 4, 512
 
 def skewed_layer(gating: Gating, **config: object) -> MoELayer:
     """A layer whose gate reads a constant last feature that prefers the first experts."""
-    layer = MoELayer(
-        LossFreeRouter(gating, LossFreeConfig.model_validate(config)), hidden_size=D + 1, expert_size=2
-    )
+    layer = MoELayer(LossFreeRouter(gating, LossFreeConfig.model_validate(config)), hidden_size=D + 1, expert_size=2)
     with torch.no_grad():
         layer.gate.weight.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.5)
         layer.gate.weight[:, -1] = torch.linspace(1.5, -1.5, E)

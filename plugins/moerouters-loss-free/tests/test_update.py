@@ -17,7 +17,7 @@ loads = st.lists(st.integers(0, 2**40), min_size=1, max_size=9)
 
 
 def step_by_the_paper(load: list[int], rule: Rule, centre: bool) -> list[Fraction]:
-    """The direction of every bias, without the rate: e_i = mean - c_i, then its sign or its size relative to the mean."""
+    """The direction of every bias, without the rate: e_i = mean - c_i, then its sign, or e_i over the mean."""
     mean = Fraction(sum(load), len(load))
     step = []
     for count in load:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moerouters import Capabilities, Gating, RouteContext, Router, Routing
-from moerouters.capabilities import LoadScope, StateAlgebra
+from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 
 
 class Bip(Router):

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moerouters import Capabilities, Gating, RouteContext, Router, Routing
-from moerouters.capabilities import LoadScope, StateAlgebra
+from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 from moerouters.kernels.counts import count_experts
 
 
@@ -23,10 +22,10 @@ class LaggedQuantile(Router):
 
     def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
         B, E = self.bins, self.gating.num_experts
-        cutoff_T = torch.full_like(ctx.valid_T, -torch.inf, dtype=torch.float32)  # of K = E
-        cutoff_T1 = (cutoff_T if routing.cutoff_T is None else routing.cutoff_T).unsqueeze(1)
-        bins_TE = ((routing.scores_TE - cutoff_T1 + 1) * (B / 2)).clamp(0, B - 1).long() + B * torch.arange(E)
-        bins_TE = torch.where(ctx.valid_T.unsqueeze(1) & torch.isfinite(cutoff_T1), bins_TE, E * B)
+        margins_TE = routing.adjusted_TE - routing.bias_E - routing.cutoff_T.unsqueeze(1)
+        bins_TE = ((margins_TE + 1) * (B / 2)).clamp(0, B - 1).long() + B * torch.arange(E, device=margins_TE.device)
+        usable_T1 = (ctx.valid_T & torch.isfinite(routing.cutoff_T)).unsqueeze(1)
+        bins_TE = torch.where(usable_T1, bins_TE, E * B)
         return {"histogram_EB": count_experts(bins_TE, E * B).reshape(E, B)}
 
     def update(self, stats: Mapping[str, Tensor]) -> None:

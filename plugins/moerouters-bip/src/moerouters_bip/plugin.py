@@ -13,6 +13,7 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
     return (
         RouterSpec(
             name="bip",
+            api="0.1",
             summary="Balances every batch as it routes it, by a few dual steps of the assignment problem.",
             factory=BipRouter,
             config=BipConfig,

@@ -26,7 +26,7 @@ def mean_probability(probabilities_TE: Tensor, valid_T: Tensor) -> Tensor:
 
 
 def balance_loss(fraction_E: Tensor, probability_E: Tensor) -> Tensor:
-    """sum_i f_i P_i over the last axis. No dot product: autocast would run it in bfloat16."""
+    """sum_i f_i P_i over the last axis."""
     return (fraction_E * probability_E).sum(dim=-1)
 
 

@@ -14,6 +14,7 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
     return (
         RouterSpec(
             name="loss-controlled",
+            api="0.1",
             summary="Top-k with auxiliary losses over micro-batch, sequence or global batch, and a z-loss.",
             factory=LossControlledRouter,
             config=LossControlledConfig,

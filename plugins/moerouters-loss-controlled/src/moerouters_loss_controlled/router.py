@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moerouters import Capabilities, Gating, RouteContext, Router, Routing
-from moerouters.errors import ContextError
+from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 from moerouters_loss_controlled.config import LossControlledConfig
 from moerouters_loss_controlled.losses import (
     balance_loss,
@@ -25,13 +24,11 @@ from moerouters_loss_controlled.ranks import sum_over_ranks
 
 def capabilities_of(config: LossControlledConfig) -> Capabilities:
     """What a router with this config promises."""
-    load_scope = "global" if config.global_alpha else "local" if config.balances else "none"
-    return Capabilities.model_validate(
-        {
-            "state": "additive" if config.remembers else "stateless",
-            "load_scope": load_scope,
-            "forward_collective": config.talks,
-        }
+    scope = LoadScope.GLOBAL if config.global_alpha else LoadScope.LOCAL if config.balances else LoadScope.NONE
+    return Capabilities(
+        state=StateAlgebra.ADDITIVE if config.remembers else StateAlgebra.STATELESS,
+        load_scope=scope,
+        forward_collective=config.talks,
     )
 
 
@@ -53,11 +50,7 @@ class LossControlledRouter(Router):
     """The ranks with distinct tokens, for global_load="all_reduce"; None is the world. Set it before training where
     ranks hold different layers, as in a pipeline."""
 
-    def __init__(
-        self,
-        gating: Gating,
-        config: LossControlledConfig = LossControlledConfig(),  # noqa: B008  (frozen)
-    ) -> None:
+    def __init__(self, gating: Gating, config: LossControlledConfig = LossControlledConfig()) -> None:
         super().__init__(gating)
         self.config = config
         self.capabilities = capabilities_of(config)
@@ -79,9 +72,12 @@ class LossControlledRouter(Router):
             own_E = load_fraction(load_E, probability_E.dtype)
             found["switch"] = config.alpha * balance_loss(own_E, probability_E)
         if config.sequence_alpha:
-            sequence_ids_T, num_sequences = self._sequences(routing, ctx)
             found["sequence"] = config.sequence_alpha * sequence_loss(
-                probabilities_TE, self._counted_choices(routing), valid_T, sequence_ids_T, num_sequences
+                probabilities_TE,
+                self._counted_choices(routing),
+                valid_T,
+                ctx.need("sequence_ids_T", router="loss-controlled"),
+                ctx.need("num_sequences", router="loss-controlled"),
             )
         if config.global_alpha:
             fraction_E = self._global_fraction(load_E, probability_E.dtype)
@@ -113,16 +109,3 @@ class LossControlledRouter(Router):
         last_E = self.get_buffer("last_fraction_E")
         # Before the first commit the micro-batch speaks for the global batch: no balance at all would be worse.
         return torch.where(last_E.sum() > 0, last_E.to(dtype), load_fraction(load_E, dtype))
-
-    def _sequences(self, routing: Routing, ctx: RouteContext) -> tuple[Tensor, int]:
-        sequence_ids_T: Tensor = ctx.need("sequence_ids_T", router="loss-controlled")
-        num_sequences: int = ctx.need("num_sequences", router="loss-controlled")
-        if sequence_ids_T.shape != routing.logits_TE.shape[:1]:
-            raise ContextError(
-                f"sequence_ids_T has shape {list(sequence_ids_T.shape)}, the logits are "
-                f"{list(routing.logits_TE.shape)}.",
-                where="router 'loss-controlled' with sequence_alpha > 0",
-                why="every token belongs to one sequence",
-                fix="pass RouteContext(sequence_ids_T=..., num_sequences=...) with one id per token",
-            )
-        return sequence_ids_T, num_sequences

@@ -14,6 +14,7 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
     return (
         RouterSpec(
             name="loss-free",
+            api="0.1",
             summary="A bias per expert follows the load and steers the choice, never the weights; no auxiliary loss.",
             factory=LossFreeRouter,
             config=LossFreeConfig,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moerouters import Capabilities, Gating, RouteContext, Router, Routing
+from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 from moerouters.errors import ConfigError
 from moerouters_loss_free.config import LossFreeConfig
 from moerouters_loss_free.update import centred, error_step, sign_step
@@ -24,10 +24,10 @@ class LossFreeRouter(Router):
     """
 
     # load_scope: the update sees the load of all ranks; a choice sees only what was committed before, so it is causal.
-    capabilities = Capabilities.model_validate({"state": "additive", "load_scope": "global"})
+    capabilities = Capabilities(state=StateAlgebra.ADDITIVE, load_scope=LoadScope.GLOBAL)
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, gating: Gating, config: LossFreeConfig = LossFreeConfig()) -> None:  # noqa: B008  (frozen)
+    def __init__(self, gating: Gating, config: LossFreeConfig = LossFreeConfig()) -> None:
         super().__init__(gating)
         self.config = config
         if config.rule == "multiplicative":
