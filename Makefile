@@ -11,7 +11,7 @@ PLUGIN_FOLDERS := $(patsubst %/pyproject.toml,./%,$(PLUGINS))
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all gpu lint type dist clean
+.PHONY: help install compare test test-all gpu lint type docs dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: $(VENV)/.dev  ## Check style and formatting
 
 type: $(VENV)/.dev  ## Check types
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## Draw the generated parts of README.md from docs/benchmarks
+	$(BIN)/python -m moerouters.lab.showcase render docs/benchmarks/compare-tiny.json README.md docs/images/compare-tiny.svg
 
 dist: $(VENV)/.dev  ## Build and check wheel and sdist of every distribution into dist/
 	rm -rf dist

@@ -83,7 +83,7 @@ class Handle:
     def scale_losses(self, *, accumulation_steps: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
         """Scale injected losses as the training loss is scaled: by 1 / accumulation_steps, times the GradScaler's.
 
-        Call before the first backward pass of a step, and each step with a scaler, whose scale moves. In collect mode
+        Call before the first forward pass of a step, and each step with a scaler, whose scale moves. In collect mode
         the training loss carries the scale, and this changes nothing.
         """
         scale = (1.0 if scaler is None else scaler.get_scale()) / accumulation_steps
@@ -167,7 +167,7 @@ class Handle:
                 f"{marked} times.",
                 where=f"{type(layer.router).__name__}, loss_mode={layer.loss_mode!r}",
                 why="without its loss this router never balances",
-                fix="add the losses of the layer's assignment to the training loss; or attach(..., "
+                fix="add the losses of the layer's assignment to the training loss, not times 0; or attach(..., "
                 "loss_mode='inject'), which also survives reentrant checkpointing; evaluate under model.eval()",
             )
 

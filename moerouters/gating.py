@@ -62,7 +62,7 @@ class GatingSettings(BaseModel):
             problems.append(f"num_experts {E} is not a multiple of num_groups {groups}")
         elif kept > groups:
             problems.append(f"kept_groups {kept} exceeds num_groups {groups}")
-        elif kept * (E // groups) < K:
+        elif groups > 1 and kept * (E // groups) < K:
             problems.append(f"{kept} kept groups of {E // groups} experts hold fewer than top_k {K}")
         elif groups > 1 and self.group_score == "top2_sum" and E // groups < 2:
             problems.append(f"group_score top2_sum needs 2 experts per group, num_groups {groups} leaves {E // groups}")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moerouters.autocast import no_autocast
 from moerouters.capacity import DropPolicy, limit_capacity
 from moerouters.dispatch.base import Dispatcher
 from moerouters.dispatch.local import LocalDispatcher
@@ -100,7 +101,7 @@ class MoELayer(RoutedModule):
     def _logits(self, x_TD: Tensor) -> Tensor:
         """The gate projection in float32 (float64 for float64), also under autocast: bf16 logits tie and flip ids."""
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with no_autocast(x_TD.device):
             return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))
 
     def _router_parameters(self) -> Iterator[nn.Parameter]:

@@ -20,7 +20,7 @@ LossMode = Literal["collect", "inject"]
 
 
 class _Collect(torch.autograd.Function):
-    """Identity on a 0-d loss; its backward adds 1 to the gradient of `probe`."""
+    """Identity on a 0-d loss; its backward adds 1 to the gradient of `probe`, unless the loss arrives with factor 0."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, probe: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grads
-        return grad, torch.ones_like(grad, dtype=torch.float32)
+        # An output that nobody used still gets a gradient, of zeros, from reentrant checkpointing and compiled graphs.
+        return grad, (grad != 0).to(torch.float32)
 
 
 class _Inject(torch.autograd.Function):

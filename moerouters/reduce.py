@@ -20,10 +20,10 @@ def reduce_sums(sums: Mapping[str, Mapping[str, Tensor]], group: dist.ProcessGro
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return copies
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for named in copies.values():
-        for value in named.values():
-            by_dtype.setdefault(value.dtype, []).append(value)
-    # Every rank must call the collectives in one order, whatever order its layers were met in.
+    # Sorted, so that every rank packs the same values in the same places, whatever order it met its layers in.
+    for layer in sorted(copies):
+        for name in sorted(copies[layer]):
+            by_dtype.setdefault(copies[layer][name].dtype, []).append(copies[layer][name])
     for dtype in sorted(by_dtype, key=str):
         values = by_dtype[dtype]
         flat = torch.cat([value.reshape(-1) for value in values])

@@ -55,7 +55,13 @@ class RunningStats:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles of a model leave the handle, and with it the optimizers, behind."""
-        return self.__dict__ | {"handle": None}
+        return self.__dict__ | {"handle": None, "marks": self.probe.grad}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put the marks back: a pickled tensor loses its gradient, and a copy in mid-step must still add up."""
+        marks = state.pop("marks")
+        self.__dict__.update(state)
+        self.probe.grad = marks
 
     def clear(self) -> None:
         """Back to zero, in place, for the next step."""

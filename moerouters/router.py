@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moerouters.autocast import no_autocast
 from moerouters.capabilities import Capabilities
 from moerouters.errors import UnsupportedError
 from moerouters.gating import Gating, take_along_experts
@@ -97,7 +98,7 @@ class Router(StatefulModule):
     def forward(self, logits_TE: Tensor, ctx: RouteContext = RouteContext()) -> Assignment:
         """Route [T, E] logits. Returns an Assignment whose losses and stats are empty in eval mode."""
         # Under autocast a matrix product in a plugin's loss would round loads to bfloat16, 8 bits.
-        with torch.autocast(logits_TE.device.type, enabled=False):
+        with no_autocast(logits_TE.device):
             return self._route(logits_TE, ctx)
 
     def _route(self, raw_TE: Tensor, ctx: RouteContext) -> Assignment:

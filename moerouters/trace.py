@@ -55,7 +55,7 @@ class RoutingTrace:
 
 
 def record(assignments: Mapping[str, Assignment]) -> RoutingTrace:
-    """Keep the ids of each layer's assignment, pairs as slots, before any capacity limit: replay applies that again."""
+    """Keep the ids of each layer's assignment, pairs as slots; a place that a capacity limit emptied stays empty."""
     ids = {name: _smallest(_slot_ids(a).cpu(), a.num_experts) for name, a in assignments.items()}
     return RoutingTrace(expert_ids=ids, num_experts={name: a.num_experts for name, a in assignments.items()})
 

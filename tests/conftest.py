@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Fixed examples and no deadline: the first torch call of a process can take seconds, and a flaky test is a bug.
+settings.register_profile("moerouters", deadline=None, derandomize=True)
+settings.load_profile("moerouters")
 
 if not torch.cuda.is_available():
     # Read when a module with @triton.jit is imported, so it has to stand before the first of them.

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.balanced import RATE, balanced
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moerouters import Gating, MoELayer, RouteContext, Router, attach
 from moerouters.errors import ConfigError, NonFiniteLogits, UnconsumedLoss
+from support.balanced import RATE, balanced
 
 WIDTH = 4
 
@@ -70,7 +70,9 @@ def test_a_loss_that_nobody_adds_is_an_error(checkpointing: str) -> None:
     attach(optimizer, model)
     for _ in range(3):
         model(batch())[0].square().mean().backward()
-    with pytest.raises(UnconsumedLoss, match=r"layer 'layers\.0' computed its aux loss 3 times in this step, but it was"):
+    with pytest.raises(
+        UnconsumedLoss, match=r"layer 'layers\.0' computed its aux loss 3 times in this step, but it was"
+    ):
         optimizer.step()
     assert model.biases() == [[0.0] * 4] * 2
 

@@ -73,7 +73,9 @@ def test_dropped_weights_get_no_gradient(policy: str) -> None:
     assignment = route("slots")
     weights = assignment.weights.detach().requires_grad_()
     limited = limit_capacity(
-        Assignment(**{name: getattr(assignment, name) for name in assignment.__dataclass_fields__} | {"weights": weights}),
+        Assignment(
+            **{name: getattr(assignment, name) for name in assignment.__dataclass_fields__} | {"weights": weights}
+        ),
         2,
         policy,
     )

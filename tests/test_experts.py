@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.oracles import expert_output
 
 from moerouters.experts import GroupedExperts
+from support.oracles import expert_output
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -9,12 +9,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
-from support.oracles import top_ids
 from torch import Tensor, nn
 
 from moerouters import Gating, RouteContext, Router
 from moerouters.errors import ConfigError, ShapeError
 from moerouters.gating import GatingSettings
+from support.oracles import top_ids
 
 E, K = 6, 2
 FUNCTIONS = {
@@ -150,7 +150,9 @@ def test_closed_groups_stay_closed_under_negative_scores() -> None:
 
 
 @examples
-@given(values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, 1e-40]), min_size=E, max_size=E))
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, 1e-40]), min_size=E, max_size=E)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @example(values=[0.0, -0.0, 0.0, -0.0, 0.0, -0.0])
 def test_ties_go_to_the_lowest_id(dtype: torch.dtype, values: list[float]) -> None:

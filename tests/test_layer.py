@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.assignments import assert_same_bits, tensors_of
-from support.balanced import ALPHA, balanced
-from support.oracles import TokenLoop, gradients
 from torch import Tensor
 
 from moerouters import AssignmentKind, Capabilities, Gating, MoELayer, RouteContext, Router, Selection, limit_capacity
 from moerouters.errors import ShapeError
+from support.assignments import assert_same_bits, tensors_of
+from support.balanced import ALPHA, balanced
+from support.oracles import TokenLoop, gradients
 
 E, K, D = 4, 2, 6
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from moerouters import Capabilities, Gating, RouteContext, Router, Routing, Selection
+from moerouters.errors import ShapeError, UnsupportedError
 from support.assignments import assert_same_bits, tensors_of
 from support.balanced import Balanced, balanced
 from support.oracles import top_ids
-from torch import Tensor
-
-from moerouters import Capabilities, Gating, RouteContext, Router, Routing
-from moerouters.errors import ShapeError, UnsupportedError
 
 T, E, K = 9, 6, 2
 
@@ -199,7 +199,7 @@ def test_dtypes_that_are_not_declared_are_refused() -> None:
     class Narrow(Router):
         capabilities = Capabilities(dtypes=frozenset({"float32", "bfloat16"}))
 
-    with pytest.raises(UnsupportedError, match="Narrow was given float64 logits.\n  cause  it declares bfloat16, float32"):
+    with pytest.raises(UnsupportedError, match=r"Narrow was given float64 logits\.\n.*declares bfloat16, float32\n"):
         Narrow(Gating.softmax(E, K))(logits_of().double())
 
 
@@ -216,8 +216,6 @@ def test_a_router_shows_its_config() -> None:
 
 
 def test_pairs_have_no_slots_in_a_routing() -> None:
-    from moerouters import Selection
-
     class Pairs(Noting):
         def select(self, adjusted_TE: Tensor, ctx: RouteContext) -> Selection:
             return Selection.pairs(torch.tensor([0, 2]), torch.tensor([1, 3]))

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.balanced import balanced
 from torch import nn
 
 from moerouters import Gating, MoELayer, Router, load_router_state, save_router_state
 from moerouters.errors import TraceError
+from support.balanced import balanced
 
 
 def model_of(*num_experts: int) -> nn.Module:

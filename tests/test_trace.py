@@ -41,7 +41,7 @@ def test_round_trip(num_experts: int, dtype: torch.dtype, tmp_path: Path) -> Non
 
 def test_an_unknown_layer() -> None:
     trace = RoutingTrace(expert_ids={"b": torch.zeros(1, 2), "a": torch.zeros(1, 2)}, num_experts={"a": 2, "b": 2})
-    with pytest.raises(TraceError, match="the trace has no layer 'c'.\n  cause  it was recorded with: a, b"):
+    with pytest.raises(TraceError, match=r"the trace has no layer 'c'\.\n.*it was recorded with: a, b\n"):
         replay(trace, "c")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moerouters.autocast import no_autocast
 from moerouters.dispatch.plan import DispatchPlan
 
 
@@ -20,7 +21,7 @@ class LocalDispatcher:
         y_ND = y_RD.index_select(0, plan.inverse_N).to(weights.dtype)
         if plan.slots_per_token is not None:
             y_TKD = y_ND.reshape(plan.num_tokens, plan.slots_per_token, y_ND.shape[1])
-            with torch.autocast(y_RD.device.type, enabled=False):
+            with no_autocast(y_RD.device):
                 return torch.bmm(weights.unsqueeze(1), y_TKD).squeeze(1)
         y_TD = y_ND.new_zeros(plan.num_tokens, y_ND.shape[1])
         return y_TD.index_add(0, plan.token_ids_N, y_ND * weights.unsqueeze(1))

@@ -78,11 +78,11 @@ class ConsoleProgress:
 def print_results(console: Console, results: Results) -> None:
     """The table of a comparison."""
     summaries = summarize(results)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)  # nine columns in a narrow terminal
     table.add_column("router", overflow="fold")
     columns = [column for column in COLUMNS if column.terminal]
     for column in columns:
-        table.add_column(column.title.replace(" ", "\n"), justify="right")
+        table.add_column(column.title.replace("Max", " Max").strip().replace(" ", "\n"), justify="right")
     failures = any(summary.status != "completed" for summary in summaries)
     if failures:
         table.add_column("status")

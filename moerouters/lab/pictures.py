@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -49,7 +49,7 @@ def draw_all(results: Results, folder: Path) -> dict[str, Path]:
     """Write every picture into `folder`/pictures. Returns {title: path} in the order of the report."""
     import matplotlib
 
-    histories = _histories(results, folder)
+    histories = load_histories(results, folder)
     summaries = [summary for summary in summarize(results) if summary.label in histories]
     if not summaries:
         return {}
@@ -59,7 +59,7 @@ def draw_all(results: Results, folder: Path) -> dict[str, Path]:
         "Where the tokens went: load of every expert": ("load.png", draw_loads),
     }
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for title, (name, draw) in pictures.items():
             path = folder / "pictures" / name
             figure = draw(summaries, histories)
@@ -74,14 +74,27 @@ Histories = dict[str, list[dict[str, Tensor]]]
 
 
 def draw_max_vio(summaries: Sequence[RouterSummary], histories: Histories) -> Figure:
-    """MaxVio (mean over layers) per step on a log scale: every batch thin, a running median thick."""
-    figure, axes = _figure(8.5, 4.6)
+    """MaxVio per step, from the loads of every run."""
     smallest = min(_resolution(tensors["loads"]) for seeds in histories.values() for tensors in seeds)
+    curves = {
+        label: [max_violation(tensors["loads"]).mean(dim=1).numpy() for tensors in seeds]
+        for label, seeds in histories.items()
+    }
+    return max_vio_figure(summaries, curves, smallest=smallest)
+
+
+def max_vio_figure(
+    summaries: Sequence[RouterSummary], curves: Mapping[str, Sequence[Any]], *, smallest: float
+) -> Figure:
+    """MaxVio (mean over layers) per step on a log scale: every batch thin, a running median thick.
+
+    curves: by label, one array [steps] per seed. smallest: the least MaxVio above 0 that a batch can have.
+    """
+    figure, axes = _figure(8.5, 4.6)
     for summary in summaries:
         # A perfect batch has MaxVio 0, which a log scale cannot show: it is drawn below one token too many.
-        seeds = histories[summary.label]
-        curves = [max_violation(t["loads"]).mean(dim=1).clamp_min(smallest / 2).numpy() for t in seeds]
-        _curves(axes, summaries, summary.label, curves, smooth=np.median)
+        drawn = [np.maximum(curve, smallest / 2) for curve in curves[summary.label]]
+        _curves(axes, summaries, summary.label, drawn, smooth=np.median)
     axes.set(yscale="log", xlabel="optimizer step", ylabel="MaxVio, mean over layers")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.01)
@@ -154,7 +167,8 @@ def draw_loads(summaries: Sequence[RouterSummary], histories: Histories) -> Figu
     return figure
 
 
-def _histories(results: Results, folder: Path) -> Histories:
+def load_histories(results: Results, folder: Path) -> Histories:
+    """The histories that lie beside the results."""
     found: Histories = {}
     for run in results.runs:
         if run.history is not None and (folder / run.history).exists():

@@ -122,9 +122,14 @@ def test_forward_draws_from_no_global_generator(router: Router) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot_eager", "inductor"]
+    ("training", "backend"),
+    [
+        pytest.param(True, "aot_eager", id="train"),
+        pytest.param(False, "aot_eager", id="eval", marks=pytest.mark.slow),
+        pytest.param(True, "inductor", id="train-inductor", marks=pytest.mark.slow),
+        pytest.param(False, "inductor", id="eval-inductor", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiled_equals_eager(router: Router, training: bool, backend: str) -> None:
     torch._dynamo.reset()
     router.train(training)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.oracles import count
 
 from moerouters.kernels.counts import count_experts, count_experts_torch
+from support.oracles import count
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (40,), (20, 3)])

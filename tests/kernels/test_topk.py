@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from support.oracles import top_ids
 
 from moerouters.kernels.topk import topk_lowest_id, topk_lowest_id_torch
+from support.oracles import top_ids
 
 values = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 1e-45, -1e-45, 3.4e38, -3.3e38]),

@@ -21,7 +21,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {}, identity=IDENTITY)
-    with pytest.raises(ConfigError, match="settings: {'steps': 5} there, {'steps': 6} here"):
+    with pytest.raises(ConfigError, match=r"settings: \{'steps': 5\} there, \{'steps': 6\} here"):
         load_checkpoint(path, identity=IDENTITY | {"settings": {"steps": 6}}, device=CPU)
 
 

@@ -1,4 +1,3 @@
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,27 +10,47 @@ from moerouters.builtin import TopKRouter
 from moerouters.lab.clock import RouterClock
 
 
-class Slow(TopKRouter):
-    def adjust(self, scores_TE: Tensor, ctx: Any) -> Tensor:
-        time.sleep(0.02)
-        return scores_TE
+class Seconds:
+    """A clock that moves only when it is told to."""
 
-    def update(self, stats: Mapping[str, Tensor]) -> None:
-        time.sleep(0.01)
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @pytest.fixture
-def layer() -> MoELayer:
+def seconds(monkeypatch: pytest.MonkeyPatch) -> Seconds:
+    clock = Seconds()
+    monkeypatch.setattr("time.perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def layer(seconds: Seconds) -> MoELayer:
+    class Slow(TopKRouter):
+        def adjust(self, scores_TE: Tensor, ctx: Any) -> Tensor:
+            seconds.pass_by(2)
+            return scores_TE
+
+        def update(self, stats: Mapping[str, Tensor]) -> None:
+            seconds.pass_by(1)
+
     return MoELayer(Slow(Gating.softmax(4, 2)), hidden_size=8, expert_size=8)
 
 
-def test_forward_and_update_are_counted_and_the_experts_are_not(layer: MoELayer) -> None:
-    layer.experts.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+def test_forward_and_update_are_counted_and_the_experts_are_not(layer: MoELayer, seconds: Seconds) -> None:
+    layer.experts.register_forward_pre_hook(lambda *_: seconds.pass_by(100))
     clock = RouterClock([layer], torch.device("cpu"))
     layer(torch.zeros(3, 8))
-    assert 20 <= clock.take_ms() < 100
+    layer(torch.zeros(3, 8))
+    assert clock.take_ms() == 4000
     layer.router.update({})
-    assert 10 <= clock.take_ms() < 100
+    assert clock.take_ms() == 1000
     assert clock.take_ms() == 0
 
 

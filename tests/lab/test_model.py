@@ -50,7 +50,7 @@ def test_head_may_be_tied(tied: bool) -> None:
 def test_first_loss_is_that_of_a_guess() -> None:
     logits = model()(tokens(8)).logits_BSV
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens(8).flatten())
-    assert float(loss) == pytest.approx(5.545, abs=0.1)  # ln 256
+    assert loss.item() == pytest.approx(5.545, abs=0.1)  # ln 256
 
 
 def test_routers_get_what_they_may_need() -> None:

@@ -43,7 +43,7 @@ def test_change_given_twice() -> None:
 
 
 def test_routers() -> None:
-    assert parse_routers("topk, bip:iterations=8;variant=published ,x:levels=[1,2];name=\"a,b;c]\"") == [
+    assert parse_routers('topk, bip:iterations=8;variant=published ,x:levels=[1,2];name="a,b;c]"') == [
         ("topk", "topk", {}),
         ("bip:iterations=8;variant=published", "bip", {"iterations": 8, "variant": "published"}),
         ('x:levels=[1,2];name="a,b;c]"', "x", {"levels": [1, 2], "name": "a,b;c]"}),

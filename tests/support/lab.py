@@ -1,10 +1,14 @@
 """A comparison small enough for tests: seconds for a whole job, and every part of a large one in it."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from moerouters import RouteContext, Routing
 from moerouters.lab.compare import Comparison
 from moerouters.lab.corpus import Corpus, from_path
 from moerouters.lab.history import History
@@ -134,3 +138,21 @@ def history_of(steps: int = 5, *, layers: int = 2, experts: int = 4, seed: int =
         history.step_ms.append(torch.tensor(100.0 if step < 3 else 10.0, dtype=torch.float64))
         history.router_ms.append(torch.tensor(2.0, dtype=torch.float64))
     return history
+
+
+class Even(Balanced):
+    """The sign rule alone: an aux loss is one of the tokens of a rank, and is not the same on other slices."""
+
+    def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        return {}
+
+
+class Straying(Even):
+    """Breaks the contract: its state depends on the rank."""
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        self.b_E.add_(float(os.environ.get("RANK", "0")))
+
+
+EVEN = BALANCED.model_copy(update={"name": "even", "factory": lambda gating, config: Even(gating)})
+STRAYING = BALANCED.model_copy(update={"name": "straying", "factory": lambda gating, config: Straying(gating)})

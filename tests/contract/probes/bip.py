@@ -19,7 +19,7 @@ class Bip(Router):
     def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
         q_E, K, E = self.q_E, self.gating.top_k, self.gating.num_experts
         rank = (ctx.valid_T.sum() * K // E).reshape(1)
-        for _ in range(4 if self.training and K < E and scores_TE.shape[0] else 0):
+        for _ in range(2 if self.training and K < E and scores_TE.shape[0] else 0):
             open_TE = self.gating.limit(scores_TE - q_E)
             p_T1 = open_TE.topk(K + 1, dim=-1).values[:, K:]
             counts_TE = ctx.valid_T.unsqueeze(1) & torch.isfinite(open_TE - p_T1)

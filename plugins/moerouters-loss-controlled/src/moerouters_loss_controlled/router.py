@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
@@ -46,15 +45,10 @@ class LossControlledRouter(Router):
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    token_group: dist.ProcessGroup | None
-    """The ranks with distinct tokens, for global_load="all_reduce"; None is the world. Set it before training where
-    ranks hold different layers, as in a pipeline."""
-
     def __init__(self, gating: Gating, config: LossControlledConfig = LossControlledConfig()) -> None:
         super().__init__(gating)
         self.config = config
         self.capabilities = capabilities_of(config)
-        self.token_group = None
         if config.remembers:
             self.register_state("last_fraction_E", gating.num_experts)
 
