@@ -97,6 +97,7 @@ class Handle:
         self._hooks = []
         for layer in self.layers.values():
             layer.running.handle = None
+            layer.router.token_group = None
 
     def serves(self, optimizers: list[Optimizer], layers: dict[str, RoutedModule]) -> bool:
         """Whether this handle was made for just these optimizers and layers."""

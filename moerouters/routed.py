@@ -78,8 +78,9 @@ class RunningStats:
         if device == self.probe.device:
             return
         self.sums = {name: moved(total) for name, total in self.sums.items()}
-        was_meta = self.probe.is_meta
+        was_meta, marks = self.probe.is_meta, self.probe.grad
         self.probe = moved(self.probe).requires_grad_()
+        self.probe.grad = None if marks is None else moved(marks)
         self.loss_scale = torch.ones((), device=device) if was_meta else moved(self.loss_scale)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,10 @@ class Router(StatefulModule):
     def __init__(self, gating: Gating) -> None:
         super().__init__()
         self.gating = gating
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the process group behind: it belongs to this process."""
+        return self.__dict__ | {"token_group": None}
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -2,157 +2,18 @@
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from moerouters import Gating, MoELayer, RouteContext, Router, attach
-from moerouters.errors import ConfigError, NonFiniteLogits, UnconsumedLoss
+from moerouters import Capabilities, Gating, MoELayer, RouteContext, Router, attach
+from moerouters.errors import ConfigError, NonFiniteLogits
+from moerouters.routed import RoutedModule
 from support.balanced import RATE, balanced
-
-WIDTH = 4
-
-
-class Stack(nn.Module):
-    """MoE layers in a row; returns the hidden states and the sum of the losses."""
-
-    def __init__(self, num_layers: int = 2, loss_mode: str = "collect", checkpointing: str = "none") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            MoELayer(balanced(), hidden_size=WIDTH, expert_size=3, loss_mode=loss_mode) for _ in range(num_layers)
-        )
-        self.checkpointing = checkpointing
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        aux = x.new_zeros(())
-        for layer in self.layers:
-            if self.checkpointing == "none":
-                x, more = self.one(layer, x)
-            else:
-                x, more = checkpoint(self.one, layer, x, use_reentrant=self.checkpointing == "reentrant")
-            aux = aux + more
-        return x, aux
-
-    @staticmethod
-    def one(layer: MoELayer, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, assignment = layer(x)
-        return x + hidden, sum(assignment.losses.values(), x.new_zeros(()))
-
-    def biases(self) -> list[list[float]]:
-        return [layer.router.b_E.tolist() for layer in self.layers]
-
-
-def batch(seed: int = 1, tokens: int = 6) -> Tensor:
-    """Asks for a gradient: reentrant checkpointing cuts the graph of a block without any such input."""
-    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr)
-
-
-def backward(model: Stack, x: Tensor, scale: float = 1.0) -> None:
-    hidden, aux = model(x)
-    (scale * (hidden.square().mean() + aux)).backward()
-
-
-# Losses that nobody consumes.
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "nonreentrant"])
-def test_a_loss_that_nobody_adds_is_an_error(checkpointing: str) -> None:
-    model = Stack(checkpointing=checkpointing)
-    optimizer = sgd(model)
-    attach(optimizer, model)
-    for _ in range(3):
-        model(batch())[0].square().mean().backward()
-    with pytest.raises(
-        UnconsumedLoss, match=r"layer 'layers\.0' computed its aux loss 3 times in this step, but it was"
-    ):
-        optimizer.step()
-    assert model.biases() == [[0.0] * 4] * 2
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("where", ["outside", "inside"])
-def test_a_loss_that_nobody_adds_is_an_error_when_compiled(where: str) -> None:
-    torch._dynamo.reset()
-    model = Stack(num_layers=1)
-    optimizer = sgd(model)
-    attach(optimizer, model)
-    if where == "outside":
-        hidden = torch.compile(model, backend="aot_eager")(batch())[0]
-    else:
-        compiled = torch.compile(model.one, backend="aot_eager")
-        hidden = checkpoint(compiled, model.layers[0], batch(), use_reentrant=True)[0]
-    hidden.square().mean().backward()
-    with pytest.raises(UnconsumedLoss, match="differentiated 0 times"):
-        optimizer.step()
-
-
-def test_one_forgotten_micro_batch_is_noticed() -> None:
-    model = Stack()
-    optimizer = sgd(model)
-    attach(optimizer, model)
-    backward(model, batch(1))
-    model(batch(2))[0].sum().backward()
-    with pytest.raises(UnconsumedLoss, match="2 times in this step, but it was differentiated 1 times"):
-        optimizer.step()
-
-
-def test_a_run_may_go_on_after_the_error() -> None:
-    model = Stack()
-    optimizer = sgd(model)
-    handle = attach(optimizer, model)
-    model(batch())[0].sum().backward()
-    with pytest.raises(UnconsumedLoss):
-        optimizer.step()
-    backward(model, batch(3))
-    optimizer.step()
-    assert int(handle.loads["layers.1"].sum()) == 12
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "nonreentrant"])
-def test_injected_losses_need_nobody(checkpointing: str) -> None:
-    """And what the assignment shows of them is for the log: adding it changes no gradient."""
-    gradients = []
-    for added in (False, True):
-        model = Stack(loss_mode="inject", checkpointing=checkpointing)
-        optimizer = sgd(model)
-        attach(optimizer, model)
-        hidden, aux = model(batch())
-        (hidden.square().mean() + (aux if added else 0)).backward()
-        optimizer.step()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(map(torch.equal, *gradients))
-
-
-def test_an_injected_loss_without_a_backward_is_an_error() -> None:
-    model = Stack(loss_mode="inject")
-    optimizer = sgd(model)
-    attach(optimizer, model)
-    model(batch())
-    with pytest.raises(UnconsumedLoss, match="loss_mode='inject'"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("loss_mode", ["collect", "inject"])
-def test_a_frozen_gate_has_no_use_for_losses(loss_mode: str) -> None:
-    model = Stack(loss_mode=loss_mode)
-    for layer in model.layers:
-        layer.gate.requires_grad_(False)
-    optimizer = sgd(model)
-    handle = attach(optimizer, model)
-    hidden, _ = model(batch())
-    hidden.sum().backward()
-    optimizer.step()
-    assert handle.steps == 1
-
+from support.stack import WIDTH, Stack, backward, batch, sgd
 
 # Numbers that are not finite.
 
@@ -396,6 +257,38 @@ def test_copies_and_pickles_leave_the_handle_behind() -> None:
         own.step()
         assert handle.steps == 1
         assert int(handle.loads["layers.0"].sum()) == 12
+
+
+def test_a_pickle_between_micro_batches_goes_on_where_it_was() -> None:
+    model = Stack()
+    backward(model, batch(1))
+    twin = pickle.loads(pickle.dumps(model))
+    optimizer = sgd(twin)
+    handle = attach(optimizer, twin)
+    backward(twin, batch(2))
+    optimizer.step()
+    assert int(handle.loads["layers.0"].sum()) == 24
+
+
+def test_routers_that_talk_in_their_forward_learn_the_group() -> None:
+    class Talking(Router):
+        capabilities = Capabilities(forward_collective=True)
+
+    talking = MoELayer(Talking(Gating.softmax(4, 2)), hidden_size=WIDTH, expert_size=3)
+    quiet = MoELayer(balanced(), hidden_size=WIDTH, expert_size=3)
+    model = nn.ModuleList([talking, quiet])
+    group: Any = threading.Lock()  # like a process group, nothing that can be copied
+    handle = attach(sgd(model), model, token_group=group)
+    assert talking.router.token_group is group
+    assert quiet.router.token_group is None
+    assert copy.deepcopy(model)[0].router.token_group is None
+    handle.remove()
+    assert talking.router.token_group is None
+
+
+def test_every_routed_module_names_the_parameters_of_its_router() -> None:
+    with pytest.raises(NotImplementedError):
+        _ = RoutedModule().trains_router
 
 
 def test_a_router_without_state_is_never_updated() -> None:

@@ -1,6 +1,7 @@
 """Traces on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_round_trip(num_experts: int, dtype: torch.dtype, tmp_path: Path) -> Non
     assert torch.equal(ctx.forced_ids_TK, assignment.expert_ids)
     assert num_experts - 1 in ctx.forced_ids_TK[0]
     assert ctx.forced_ids_TK[2].tolist() == [num_experts] * 2
+
+
+def test_ids_past_int32_stay_int64() -> None:
+    many = 2**31
+    assignment = Router(Gating.softmax(8, 2))(torch.randn(3, 8))
+    trace = record({"layer": replace(assignment, num_experts=many, expert_ids=assignment.expert_ids + many - 8)})
+    assert trace.expert_ids["layer"].dtype == torch.int64
 
 
 def test_an_unknown_layer() -> None:

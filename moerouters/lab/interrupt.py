@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_ECHO = 1.0
+"""Seconds. One Ctrl-C reaches a rank twice under torchrun: from the terminal, and passed on by the launcher."""
+
 
 class StopRequest:
-    """While the block lasts, the first SIGINT or SIGTERM sets `signal`; a second one raises KeyboardInterrupt."""
+    """While the block lasts, the first SIGINT or SIGTERM sets `signal`; a later one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,6 +40,8 @@ class StopRequest:
         return 0 if self.signal is None else 128 + self.signal
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._first = number, now
+        elif now - self._first > _ECHO:
             raise KeyboardInterrupt
-        self.signal = number

@@ -61,9 +61,11 @@ def run_compare(options: CompareOptions) -> int:
             report = write_report(results, options.output)
             print_results(console, results)
             console.print(Text(f"report: {report}"))
+            if results.status == "interrupted":
+                console.print(Text("interrupted; the same command with --resume continues"))
+        ranks.wait()
     if results.status == "interrupted":
-        console.print(Text("interrupted; the same command with --resume continues"))
-        return stop.exit_code
+        return stop.exit_code or 1  # 1 on a rank that stopped because another was asked to
     return int(results.status == "failed")
 
 

@@ -49,6 +49,11 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def wait(self) -> None:
+        """Return when every rank is here. A rank that ends before the first has written takes the others with it."""
+        if self.size > 1:
+            dist.barrier()
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean over ranks, in one flat all-reduce."""
         if self.size == 1:

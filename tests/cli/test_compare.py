@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,9 @@ def test_a_failed_run_is_reported_and_fails_the_command(text: Path, tmp_path: Pa
 
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
-    """Sends SIGINT to this process at the third step."""
+    """Sends SIGINT to this process at the third step, every two seconds."""
+    seconds = count(step=2)
+    monkeypatch.setattr("moerouters.lab.interrupt.time.monotonic", lambda: float(next(seconds)))
     from moerouters.lab.console import ConsoleProgress
 
     stepped = ConsoleProgress.stepped

@@ -12,6 +12,7 @@ from torch import Tensor
 from moerouters import Assignment, AssignmentKind, MoELayer, RouteContext, Router, attach
 from moerouters.capabilities import StateAlgebra
 from moerouters.errors import ContextError, NonFiniteLogits
+from moerouters.metrics import max_violation
 from support.assignments import assert_same_bits, tensors_of, weights_by_pair
 
 from .probes import HIDDEN_SIZE, NUM_EXPERTS, PROBES
@@ -366,6 +367,19 @@ def test_a_layer_names_itself_when_its_logits_are_not_finite(make: Make) -> None
         optimizer.step()
     for name in layer.router.state_names():
         assert torch.equal(layer.router.get_buffer(name), before[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("bip", 0.1), ("expert-choice", 0.0), ("lagged-quantile", 0.1), ("sinkhorn", 0.2)]
+)
+def test_balancers_balance(name: str, share: float) -> None:
+    """The probes are the real thing: on skewed logits they leave at most this share of plain top-k's MaxVio."""
+    router = PROBES[name]()
+    for step in range(10):
+        assignment = router(random_logits(512, seed=step), full_context(512))
+        router.update(dict(assignment.stats))
+    plain = Router(router.gating)(random_logits(512, seed=9))
+    assert float(max_violation(assignment.load_E)) <= share * float(max_violation(plain.load_E))
 
 
 def test_a_router_says_what_it_misses() -> None:

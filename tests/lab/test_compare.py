@@ -57,7 +57,7 @@ def test_results_json_has_what_others_read(output: Path, corpus: Corpus) -> None
 
 
 def test_the_balancer_balances(output: Path, corpus: Corpus, balanced: None) -> None:
-    settings = SMALL.override({"steps": 40})
+    settings = SMALL.override({"steps": 20})
     topk, even = run_comparison(output, corpus, "topk,balanced", settings=settings).runs
     assert even.avg_max_vio is not None
     assert topk.avg_max_vio is not None

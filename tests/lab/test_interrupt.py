@@ -8,12 +8,16 @@ from moerouters.lab.interrupt import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_a_wish_and_the_second_an_order(number: int) -> None:
-    before = signal.getsignal(number)
+def test_the_first_signal_is_a_wish_and_a_later_one_an_order(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now = signal.getsignal(number), [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     with StopRequest() as stop:
         assert (stop.signal, stop.exit_code) == (None, 0)
         os.kill(os.getpid(), number)
         assert (stop.signal, stop.exit_code) == (number, 128 + number)
+        now[0] += 0.5  # an echo of the first
+        os.kill(os.getpid(), number)
+        now[0] += 1.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
