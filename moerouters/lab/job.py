@@ -133,9 +133,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads() -> None:
-    """As many threads as this process may use cores. torch counts the machine's, and in a container stalls on them."""
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    """One thread, unless OMP_NUM_THREADS says otherwise.
+
+    How a sum is split over threads decides its last bits, so one thread gives the same numbers on any number of cores.
+    And it holds its speed on a busy machine: two OpenMP threads that must wait for a third process's share of a core
+    took 5 times as long per step, one took as long as before.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _settings(options: CompareOptions) -> Settings:

@@ -16,7 +16,7 @@ from moerouters.layer import MoELayer, MoEOutput
 from moerouters.router import Router
 from moerouters.types import Assignment, RouteContext
 
-_INIT_STD = 0.02
+_INIT_VARIANCE = 0.2  # over the width: a standard deviation of 0.02 at width 512, as usual there
 _ROTARY_BASE = 10_000.0
 
 
@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
         for name, parameter in self.named_parameters():
             if "moe" not in name and parameter.dim() > 1:
-                nn.init.normal_(parameter, std=_INIT_STD)
+                nn.init.normal_(parameter, std=math.sqrt(_INIT_VARIANCE / settings.hidden_size))
         # The residual stream is a sum of 2L branches; with smaller last projections its size does not grow with L.
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "experts.down_eDF", "shared.down_eDF")):
