@@ -139,15 +139,15 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen == [torch.device("cuda", 3)]
 
 
-def test_threads_follow_the_cores_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_unless_openmp_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5, 7}, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     set_threads()
+    assert chosen == []
     monkeypatch.delenv("OMP_NUM_THREADS")
     set_threads()
-    assert chosen == [3]
+    assert chosen == [1]
 
 
 def test_a_failed_run_is_reported_and_fails_the_command(text: Path, tmp_path: Path) -> None:
