@@ -11,7 +11,7 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _ECHO = 1.0
-"""Seconds. One Ctrl-C reaches a rank twice under torchrun: from the terminal, and passed on by the launcher."""
+"""Seconds. A launcher or a job scheduler may pass one request on more than once, in quick succession."""
 
 
 class StopRequest:
