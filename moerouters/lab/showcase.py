@@ -69,6 +69,8 @@ def table(showcase: Showcase) -> str:
     """The Markdown between the README's marks."""
     results, settings = showcase.results, showcase.results.settings
     shown: list[Column] = [column for column in COLUMNS if column.metric in _SHOWN]
+    seeds = sorted({run.seed for run in results.runs})
+    command = "make compare" if len(seeds) == 1 else f'make compare ARGS="--seeds {len(seeds)}"'
     lines = [
         "| router | " + " | ".join(column.title for column in shown) + " |",
         "|---|" + "---|" * len(shown),
@@ -78,16 +80,17 @@ def table(showcase: Showcase) -> str:
         lines.append(f"| `{summary.label}` | " + " | ".join(cells) + " |")
     return "\n".join(
         [
-            f"`make compare`, preset `{results.preset}`: {settings.num_layers} layers, {settings.num_experts} experts, "
+            f"`{command}`, preset `{results.preset}`: {settings.num_layers} layers, {settings.num_experts} experts, "
             f"K = {settings.top_k}, {settings.steps} steps of {settings.batch_tokens} bytes of "
-            f"{results.corpus.name} (sha256 {results.corpus.sha256[:12]}), the same seed and batches for every router; "
-            f"{showcase.machine}, {showcase.minutes:.1f} minutes in all.",
+            f"{results.corpus.name} (sha256 {results.corpus.sha256[:12]}), the same seeds and batches for every "
+            f"router; {showcase.machine}, {showcase.minutes:.1f} minutes in all.",
             "",
             *lines,
             "",
             "MaxVio = max load / mean load - 1, over the batch that one update sees; AvgMaxVio and SupMaxVio are its "
             "mean and maximum over all training batches, MinVio = min load / mean load - 1 in the last step; mean over "
-            "layers, worst layer in parentheses. Perplexity is per byte, on held-out files.",
+            "layers, worst layer in parentheses; +- is the standard deviation over seeds. Perplexity is per byte, on "
+            "held-out files.",
             "",
             "![MaxVio of every training batch](docs/images/compare-tiny.svg)",
         ]
