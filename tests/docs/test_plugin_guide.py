@@ -32,7 +32,7 @@ def test_a_reader_writes_installs_and_runs_a_balancer_from_the_guide(tmp_path: P
     first, last = (float(found) for found in re.findall(r"= ([0-9.]+)", printed))
     assert last < 0.75 * first and last < 1.4, printed
 
-    small = ["--steps", "2", "--set", "hidden_size=16", "--set", "num_layers=1", "--output", str(tmp_path / "out")]
+    small = ["--steps", "2", "--set", "hidden_size=24", "--set", "num_layers=1", "--output", str(tmp_path / "out")]
     environment.script("moerouters", "compare", "--routers", "topk,share", *small)
     assert (tmp_path / "out" / "report.html").is_file()
 
