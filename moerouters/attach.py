@@ -153,9 +153,10 @@ class Handle:
 
     def _check_layer(self, name: str, *, nonfinite: int, passes: int, marked: int) -> None:
         layer = self.layers[name]
+        shown = name or type(layer).__name__  # the model may be the layer itself, which has no name
         if nonfinite:
             raise NonFiniteLogits(
-                f"the gate of layer '{name}' gave NaN or infinite logits for {nonfinite} tokens in this step.",
+                f"the gate of layer '{shown}' gave NaN or infinite logits for {nonfinite} tokens in this step.",
                 where=type(layer.router).__name__,
                 why="experts cannot be chosen from them; the weights of these tokens are NaN",
                 fix="look at the loss and the gradient norm of the steps before; lower the learning rate, clip "
@@ -164,7 +165,7 @@ class Handle:
         expected = passes * layer.losses_per_pass
         if marked < expected and layer.trains_router:
             raise UnconsumedLoss(
-                f"layer '{name}' computed its aux loss {expected} times in this step, but it was differentiated "
+                f"layer '{shown}' computed its aux loss {expected} times in this step, but it was differentiated "
                 f"{marked} times.",
                 where=f"{type(layer.router).__name__}, loss_mode={layer.loss_mode!r}",
                 why="without its loss this router never balances",

@@ -302,3 +302,13 @@ def test_a_router_without_state_is_never_updated() -> None:
     layer(batch()).hidden.sum().backward()
     optimizer.step()
     assert handle.steps == 1
+
+
+def test_a_layer_without_a_name_is_named_by_its_class() -> None:
+    """A lone MoELayer is its own model: `layer ''` would name nothing."""
+    layer = MoELayer(balanced(), hidden_size=8, expert_size=8)
+    optimizer = sgd(layer)
+    attach(optimizer, layer)
+    layer(torch.full((3, 8), float("nan"))).hidden.sum().backward()
+    with pytest.raises(NonFiniteLogits, match="the gate of layer 'MoELayer' gave"):
+        optimizer.step()
