@@ -10,7 +10,7 @@ def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
     """int64 [E]: how often each id stands in `expert_ids` (any shape); the id E, an empty place, counts nowhere.
 
     scatter_add of integers: exact, order-free, and unlike bincount of a known shape under torch.compile. Never a
-    [T, K, E] one-hot (200 ms against 1 ms at T = 65536, K = 8, E = 64 on a CPU).
+    [T, K, E] one-hot (300 ms against 1 ms at T = 65536, K = 8, E = 64 on a CPU core).
     """
     ids_N = expert_ids.reshape(-1)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_N.device)

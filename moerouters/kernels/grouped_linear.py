@@ -1,7 +1,7 @@
 """Grouped linear: each block of rows meets the weight of its own expert.
 
 One operator with a hand-written backward instead of a loop in autograd: indexing a stacked weight per expert makes
-every backward write a zero tensor of the whole stack (O(E^2) bytes, 742 ms against 37 ms at E = 16, D = 512).
+every backward write a zero tensor of the whole stack (O(E^2) bytes; 16 weights of 2048 x 512: 1113 ms against 167 ms).
 """
 
 from __future__ import annotations

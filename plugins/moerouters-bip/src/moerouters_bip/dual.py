@@ -80,7 +80,7 @@ def _expert_threshold(excess_ET: Tensor, tokens: Tensor, q_E: Tensor, *, top_k: 
     """The next q: per expert the value that about tokens * K / E of its row exceed.
 
     `tokens` is a 0-d tensor, so ranks are found without a host synchronisation; they are bounded by the rank for all T
-    tokens, which is known on the host and keeps topk small (a full sort costs 8 times as much at K/E = 1/8).
+    tokens, which is known on the host and keeps topk small (a full sort costs 5 times as much at K/E = 1/8).
     """
     E, T = excess_ET.shape
     falling_ET = excess_ET.topk(min(T, (T * top_k) // E + 2), dim=-1).values
