@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 PLUGIN_FOLDERS := $(patsubst %/pyproject.toml,./%,$(PLUGINS))
+# A file's tests stay in one process, which share its module fixtures: an environment, a trained model, a compiler's cache.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -22,10 +25,10 @@ compare: $(VENV)/.compare  ## Train one small model under every installed router
 	$(BIN)/moerouters compare $(ARGS)
 
 test: lint type  ## Check style and types, run the fast tests, demand 95% line coverage
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
 
 test-all: lint type  ## The same with the slow tests
-	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu" --cov --cov-report=term $(PYTEST_ARGS)
 
 gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

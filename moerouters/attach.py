@@ -155,8 +155,9 @@ class Handle:
         layer = self.layers[name]
         shown = name or type(layer).__name__  # the model may be the layer itself, which has no name
         if nonfinite:
+            plural = "" if nonfinite == 1 else "s"
             raise NonFiniteLogits(
-                f"the gate of layer '{shown}' gave NaN or infinite logits for {nonfinite} tokens in this step.",
+                f"the gate of layer '{shown}' gave NaN or infinite logits for {nonfinite} token{plural} in this step.",
                 where=type(layer.router).__name__,
                 why="experts cannot be chosen from them; the weights of these tokens are NaN",
                 fix="look at the loss and the gradient norm of the steps before; lower the learning rate, clip "

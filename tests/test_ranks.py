@@ -50,7 +50,7 @@ def test_the_load_is_that_of_both_ranks(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.dist
 def test_a_broken_rank_stops_all(ranks: list[dict[str, Any]]) -> None:
     """Raised on one rank alone, the others would wait in the next collective for ever."""
-    expected = "the gate of layer 'layers.0' gave NaN or infinite logits for 1 tokens in this step."
+    expected = "the gate of layer 'layers.0' gave NaN or infinite logits for 1 token in this step."
     assert [rank["training"]["collect"]["error"] for rank in ranks] == [expected] * 2
 
 

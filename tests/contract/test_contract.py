@@ -363,7 +363,7 @@ def test_a_layer_names_itself_when_its_logits_are_not_finite(make: Make) -> None
     if assignment.losses:
         sum(assignment.losses.values()).backward()
     layer.zero_grad()
-    with pytest.raises(NonFiniteLogits, match="layer 'moe' gave NaN or infinite logits for 1 tokens"):
+    with pytest.raises(NonFiniteLogits, match="layer 'moe' gave NaN or infinite logits for 1 token"):
         optimizer.step()
     for name in layer.router.state_names():
         assert torch.equal(layer.router.get_buffer(name), before[name])
