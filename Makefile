@@ -9,6 +9,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 PLUGIN_FOLDERS := $(patsubst %/pyproject.toml,./%,$(PLUGINS))
+SUITE := conformance/pyproject.toml
 # A file's tests stay in one process, which share its module fixtures: an environment, a trained model, a compiler's cache.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -45,7 +46,7 @@ docs: $(VENV)/.dev  ## Draw the generated parts of README.md from docs/benchmark
 
 dist: $(VENV)/.dev  ## Build and check wheel and sdist of every distribution into dist/
 	rm -rf dist
-	for folder in . $(PLUGIN_FOLDERS); do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
+	for folder in . ./conformance $(PLUGIN_FOLDERS); do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove everything that the other targets made
@@ -64,7 +65,7 @@ $(VENV)/.compare: pyproject.toml constraints.txt $(PLUGINS) | $(BIN)/python
 	$(PIP_INSTALL) -e '.[lab]' $(addprefix -e ,$(PLUGIN_FOLDERS))
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt requirements-dev.txt $(PLUGINS) | $(BIN)/python
+$(VENV)/.dev: pyproject.toml constraints.txt requirements-dev.txt $(SUITE) $(PLUGINS) | $(BIN)/python
 	@echo "Installing into $(VENV), which takes some minutes the first time."
 	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@ $(VENV)/.compare

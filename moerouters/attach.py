@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from moerouters.capabilities import StateAlgebra
 from moerouters.errors import ConfigError, MoeroutersError, NonFiniteLogits, UnconsumedLoss
+from moerouters.fingerprint import expect_same_on_all_ranks
 from moerouters.losses import LossMode
 from moerouters.reduce import Sums, reduce_sums
 from moerouters.routed import RoutedModule
@@ -30,7 +31,8 @@ def attach(
     With several optimizers the update runs once all of them have stepped. A step that GradScaler skips updates nothing;
     its tokens count in the next. loss_mode, if given, is set on every layer. token_group holds the ranks with
     *distinct* tokens (data parallel), never tensor-parallel replicas; default: the whole world, if there is one.
-    Calling it again with the same model and optimizers returns the same Handle.
+    Calling it again with the same model and optimizers returns the same Handle. With several ranks it is a collective:
+    it compares what routers they run, and raises ConfigError with the differences.
 
     At the step it raises NonFiniteLogits, naming the layer, if a gate gave NaN or infinity, and UnconsumedLoss if a
     router's loss was never differentiated. Both are raised before any router is updated, and clear the step's stats.
@@ -56,7 +58,11 @@ def attach(
             why="losses meet the graph in exactly one way per run",
             fix="attach(..., loss_mode='collect') or 'inject' sets it on all of them",
         )
-    return _earlier(chosen, layers) or Handle(chosen, layers, token_group)
+    earlier = _earlier(chosen, layers)
+    if earlier is not None:
+        return earlier
+    expect_same_on_all_ranks({name: layer.router for name, layer in layers.items()}, token_group)
+    return Handle(chosen, layers, token_group)
 
 
 class Handle:

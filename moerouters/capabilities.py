@@ -6,6 +6,7 @@ generated capability table. A field that nothing reads is deleted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -72,5 +73,8 @@ class Capabilities(BaseModel):
     parameters: bool = False
     """The router owns trainable parameters beyond the gate projection."""
     balance: MaxViolation | None = None
+    balanced_losses: Mapping[str, float] = {}
+    """Losses of the form E * sum(share of the load * mean probability), by name: their value at perfect balance, where
+    it is least, coefficient included. With K = 1 and every token at one expert such a loss is E times as large."""
     dtypes: frozenset[str] = frozenset({"float16", "bfloat16", "float32", "float64"})
     """Dtypes of the logits that forward accepts; others are refused."""

@@ -28,6 +28,15 @@ def capabilities_of(config: LossControlledConfig) -> Capabilities:
         state=StateAlgebra.ADDITIVE if config.remembers else StateAlgebra.STATELESS,
         load_scope=scope,
         forward_collective=config.talks,
+        balanced_losses={
+            name: alpha
+            for name, alpha in (
+                ("switch", config.alpha),
+                ("sequence", config.sequence_alpha),
+                ("global", config.global_alpha),
+            )
+            if alpha
+        },
     )
 
 

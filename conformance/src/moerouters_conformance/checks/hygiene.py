@@ -1,0 +1,5 @@
+"""Placeholder."""
+
+from moerouters_conformance.rule import Group, RuleBook
+
+book = RuleBook(Group.HYGIENE)

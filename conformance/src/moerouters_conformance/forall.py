@@ -1,0 +1,48 @@
+"""forall: turn a check of one case into a check of many, with hypothesis drawing and shrinking the cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+from hypothesis import given
+from hypothesis.errors import Unsatisfiable
+from hypothesis.strategies import SearchStrategy
+
+from moerouters_conformance.case import Case
+from moerouters_conformance.profile import Profile
+from moerouters_conformance.rule import CheckFunction
+from moerouters_conformance.subject import Subject
+from moerouters_conformance.violation import NotApplicable, Violation
+
+
+def forall(
+    cases: Callable[[Subject], SearchStrategy[Case]], *, share: float = 1.0
+) -> Callable[[Callable[[Subject, Case], None]], CheckFunction]:
+    """Check every case that `cases(subject)` draws, `share` times as many as the profile says.
+
+    The property is made afresh for each router. A shared `@given` function fails a health check of hypothesis
+    (differing executors), and rightly: their state would leak from one router into the next.
+    """
+
+    def decorate(check: Callable[[Subject, Case], None]) -> CheckFunction:
+        @wraps(check)
+        def run(subject: Subject, profile: Profile) -> None:
+            @profile.settings(examples=max(1, round(profile.examples * share)))
+            @given(case=cases(subject))
+            def holds(case: Case) -> None:
+                try:
+                    check(subject, case)
+                except Violation as violation:
+                    # hypothesis ends with the smallest failing case, so what stands here last is that one.
+                    violation.example = violation.example or case
+                    raise
+
+            try:
+                holds()
+            except Unsatisfiable:
+                raise NotApplicable("the router refuses, in due form, every gating of this check") from None
+
+        return run
+
+    return decorate

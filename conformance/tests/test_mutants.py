@@ -1,0 +1,74 @@
+"""The rules can fail: each has a mutant that breaks it, and a mutant breaks nothing that an earlier group checks."""
+
+from collections import Counter
+
+import pytest
+
+from moerouters import RouterSpec
+from moerouters.registry import API_VERSION
+from moerouters_conformance import Group, Status, check_router
+from moerouters_conformance.checks import all_rules, find_rule
+from moerouters_conformance.mutants import Mutant, all_mutants
+from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Solver
+from moerouters_conformance.profile import Cost
+from moerouters_conformance.text import report_text
+
+SLOW = {Cost.CODEGEN, Cost.RANKS, Cost.PROCESS}
+
+
+def cost_of(mutant: Mutant) -> Cost:
+    rule = find_rule(mutant.rule)
+    assert rule is not None, f"{mutant.spec.name} names a rule that does not exist"
+    return rule.cost
+
+
+def parameters(costs: set[Cost]) -> list[object]:
+    chosen = [m for m in all_mutants() if cost_of(m) in costs]
+    return [pytest.param(m, id=f"{m.rule}-{m.spec.factory.__name__}") for m in chosen]
+
+
+def fails_its_rule(mutant: Mutant, profile: str) -> None:
+    report = check_router(mutant.spec, profile=profile, only=[mutant.rule])
+    (result,) = report.checks
+    assert result.status is Status.FAILED, report_text(report)
+    assert result.reason
+
+
+@pytest.mark.parametrize("mutant", parameters({Cost.CHEAP, Cost.HISTORY}))
+def test_a_mutant_fails_its_rule(mutant: Mutant) -> None:
+    fails_its_rule(mutant, "default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", parameters(SLOW))
+def test_a_mutant_of_a_costly_rule_fails_it(mutant: Mutant) -> None:
+    fails_its_rule(mutant, "default")
+
+
+@pytest.mark.parametrize("mutant", parameters(set(Cost)))
+def test_a_mutant_breaks_no_rule_of_an_earlier_group(mutant: Mutant) -> None:
+    rule = find_rule(mutant.rule)
+    assert rule is not None
+    earlier = [group.value for group in Group][: list(Group).index(rule.group)]
+    if not earlier:
+        pytest.skip("the first group has none before it")
+    report = check_router(mutant.spec, profile="smoke", only=earlier)
+    assert not report.failures, report_text(report)
+
+
+def test_every_rule_has_a_mutant() -> None:
+    mutants = Counter(mutant.rule for mutant in all_mutants())
+    assert {rule.id for rule in all_rules()} == mutants.keys()
+
+
+def test_every_mutant_says_what_is_wrong_with_it() -> None:
+    assert [m.spec.name for m in all_mutants() if not m.text or "\n" in m.text] == []
+
+
+@pytest.mark.parametrize("factory", [Plain, Learner, Solver, Lossy], ids=lambda factory: factory.__name__)
+def test_what_mutants_inherit_from_is_healthy(factory: type) -> None:
+    spec = RouterSpec(
+        name=factory.__name__.lower(), api=API_VERSION, summary="x", factory=factory, capabilities=factory.capabilities
+    )
+    report = check_router(spec, profile="default", only=[r.id for r in all_rules() if r.cost not in SLOW])
+    assert report.ok, report_text(report)
