@@ -47,7 +47,8 @@ class CompileSupport(StrEnum):
 
 
 class MaxViolation(BaseModel):
-    """A bound on balance: MaxVio is at most `at_most` on every batch after `after_steps` updates."""
+    """A bound on balance: MaxVio is at most `at_most` on every batch, once `after_steps` updates have passed since the
+    start or since a sudden change of which experts are popular."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

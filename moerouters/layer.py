@@ -84,7 +84,7 @@ class MoELayer(RoutedModule):
         x_TD = x.reshape(-1, x.shape[-1])
         ctx = _with_layer_context(ctx, x, x_TD)
 
-        logits_TE = self._logits(x_TD)
+        logits_TE = self._logits(x_TD, ctx.valid_T)
         assignment = self.router(logits_TE, ctx)
         if self.capacity_factor is not None:
             assignment = limit_capacity(assignment, self._capacity(x_TD.shape[0]), self.drop_policy)
@@ -98,8 +98,11 @@ class MoELayer(RoutedModule):
             y_TD = y_TD + self.shared(x_TD, everything)
         return MoEOutput(y_TD.to(x.dtype).reshape(x.shape), assignment)
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
+    def _logits(self, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
         """The gate projection in float32 (float64 for float64), also under autocast: bf16 logits tie and flip ids."""
+        if valid_T is not None:
+            # Padding may hold NaN (attention over nothing), and 0 * NaN would reach the gradient of the gate's weight.
+            x_TD = torch.where(valid_T.unsqueeze(1), x_TD, 0.0)
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         with no_autocast(x_TD.device):
             return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))

@@ -107,8 +107,11 @@ class Router(StatefulModule):
 
     def _route(self, raw_TE: Tensor, ctx: RouteContext) -> Assignment:
         self._check_dtype(raw_TE)
+        check_context(ctx, num_tokens=raw_TE.shape[0])
+        if ctx.valid_T is not None:
+            # Whatever padding holds, NaN included: scores would differentiate it to 0 * NaN, which is NaN.
+            raw_TE = torch.where(ctx.valid_T.unsqueeze(1), raw_TE, 0.0)
         logits_TE = self.gating.prepare(raw_TE)
-        check_context(ctx, num_tokens=logits_TE.shape[0])
         scores_TE = self.gating.score(logits_TE)
         finite_T = torch.isfinite(raw_TE).all(dim=-1)  # before the soft cap, which makes infinity finite
         real_T = torch.ones_like(finite_T) if ctx.valid_T is None else ctx.valid_T

@@ -11,9 +11,11 @@ from typer.core import TyperCommand, TyperGroup
 from moerouters.errors import ConfigError, MoeroutersError, RouterNotFound, RouterUnavailable
 
 COMMANDS = {
+    "check": "Prove a router right, or show the smallest input that breaks it.",
     "compare": "Train one small model under each router and compare.",
     "plugins": "List the installed routers without importing them.",
     "info": "Show what one router promises, and its settings.",
+    "new": "Write a router plugin that installs and passes the suite.",
 }
 """Name of a command, which is also its module and function, and its line in `moerouters --help`."""
 

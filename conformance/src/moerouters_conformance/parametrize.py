@@ -9,6 +9,7 @@ import pytest
 
 from moerouters import Gating, Router, RouterSpec
 from moerouters.errors import ConfigError
+from moerouters_conformance import pytest_plugin
 from moerouters_conformance.profile import Profile
 from moerouters_conformance.report import Result, Status
 from moerouters_conformance.runner import Check, Run, checked_expectations, describe, iter_checks
@@ -50,8 +51,10 @@ def parametrize_with_checks(
     """Decorate `def test_conformance(router, check): check(router)`: one test per router and rule.
 
     expected_failures: router to {id or name of a rule: reason}; such tests are strict xfails, so that one which holds
-    after all is a failure. Raises ConfigError at collection for a router or a rule that is not there.
+    after all is a failure. `pytest --conformance-profile` goes before `profile`. Raises ConfigError at collection for a
+    router or a rule that is not there.
     """
+    profile = pytest_plugin.chosen_profile or profile
     subjects = [Subject.of(router, hidden_size=hidden_size) for router in routers]
     excused = dict(expected_failures or {})
     strangers = excused.keys() - {subject.label for subject in subjects}

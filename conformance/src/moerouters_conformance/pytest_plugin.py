@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-DEFAULT_PROFILE = "default"
+chosen_profile: str | None = None
+"""What `--conformance-profile` says; `parametrize_with_checks` is called at import, where no config is at hand."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,4 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    global chosen_profile
+    chosen_profile = config.getoption("--conformance-profile")
     config.addinivalue_line("markers", "conformance: checks of moerouters-conformance")

@@ -11,14 +11,21 @@ from torch import Tensor
 from moerouters import Assignment
 from moerouters_conformance.violation import Violation
 
-Pairs = dict[tuple[int, int], float]
+
+class Pairs(dict[tuple[int, int], float]):
+    """{(token, expert): weight}, and how finely the weights' dtype can tell two of them apart."""
+
+    precision: float = 0.0
 
 
 def weights_by_pair(assignment: Assignment) -> Pairs:
     """{(token, expert): weight} of everything but empty places."""
     token_ids_N, expert_ids_N, weights_N = (t.detach() for t in assignment.pairs())
     places = zip(token_ids_N.tolist(), expert_ids_N.tolist(), weights_N.tolist(), strict=True)
-    return {(token, expert): weight for token, expert, weight in places if expert != assignment.num_experts}
+    pairs = Pairs({(token, expert): weight for token, expert, weight in places if expert != assignment.num_experts})
+    if weights_N.dtype != torch.float64:  # a router may not take float64, and rules that do ask no more of it
+        pairs.precision = 64 * torch.finfo(weights_N.dtype).eps
+    return pairs
 
 
 def experts_by_token(assignment: Assignment) -> list[list[int]]:
@@ -45,7 +52,11 @@ def expect_same_routes(
 
 
 def expect_same_pairs(actual: Pairs, expected: Pairs, *, when: str, rtol: float = 1e-5, atol: float = 1e-7) -> None:
-    """Raise Violation at the first pair that is missing, extra, or weighs otherwise."""
+    """Raise Violation at the first pair that is missing, extra, or weighs otherwise.
+
+    No tolerance is finer than 64 units in the last place of what the weights are kept in.
+    """
+    rtol = max(rtol, *(getattr(pairs, "precision", 0.0) for pairs in (actual, expected)))
     for token, expert in sorted(actual.keys() | expected.keys()):
         here, there = actual.get((token, expert)), expected.get((token, expert))
         if here is None or there is None:

@@ -21,7 +21,7 @@ from moerouters_conformance.profile import Profile, find_profile
 from moerouters_conformance.report import Report, Result, Status, Versions
 from moerouters_conformance.rule import STANDS_ON, Group, Rule
 from moerouters_conformance.subject import Subject, blame
-from moerouters_conformance.violation import Blocked, NotApplicable, Violation
+from moerouters_conformance.violation import Blocked, NotApplicable, Refused, Violation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,10 @@ class Check:
     def __call__(self, subject: Subject) -> None:
         """Run it. Raises Violation, or NotApplicable with the reason."""
         self.expect_applicable(subject)
-        self.rule.check(subject, self.profile)
+        try:
+            self.rule.check(subject, self.profile)
+        except Refused:  # in a check that draws nothing
+            raise NotApplicable("the router refuses, in due form, the gating of this check") from None
 
     def expect_applicable(self, subject: Subject) -> None:
         """Raise NotApplicable unless the rule concerns this router under this profile."""
@@ -64,6 +67,8 @@ class Run:
     expected_failures: Mapping[str, str] = field(default_factory=dict)
     failed: dict[Group, str] = field(default_factory=dict)
     """Groups with an unexpected failure, and the id of the first rule that failed."""
+    keep_going: bool = False
+    """Run groups also when one that they stand on failed."""
 
     def run(self, check: Check) -> Result:
         """Run one check, whatever happens."""
@@ -86,10 +91,10 @@ class Run:
     def expect_unblocked(self, check: Check) -> None:
         """Raise Blocked if a group that the check stands on has failed."""
         for group in STANDS_ON[check.rule.group]:
-            if group in self.failed:
+            if group in self.failed and not self.keep_going:
                 raise Blocked(f"blocked by {self.failed[group]}")
 
-    def _outcome(self, check: Check) -> tuple[Status, dict[str, str]]:
+    def _outcome(self, check: Check) -> tuple[Status, dict[str, Any]]:
         try:
             self.expect_unblocked(check)
             check(self.subject)
@@ -104,7 +109,7 @@ class Run:
         return Status.PASSED, {}
 
 
-def describe(violation: Violation, subject: Subject) -> dict[str, str]:
+def describe(violation: Violation, subject: Subject) -> dict[str, Any]:
     """The fields of a Result that tell of a violation."""
     told = {"reason": violation.saw, "likely": violation.likely}
     if violation.example is not None:
@@ -143,7 +148,7 @@ def select_rules(only: Iterable[str] | None = None) -> tuple[Rule, ...]:
     if only is None:
         return rules
     wanted = {item.strip() for item in only if item.strip()}
-    known = {key for rule in rules for key in (rule.id, rule.name, rule.group.value)}
+    known = {key for rule in rules for key in (rule.id, rule.name)} | {group.value for group in Group}
     _refuse_unknown(wanted - known, known)
     return tuple(rule for rule in rules if wanted & {rule.id, rule.name, rule.group.value})
 
@@ -156,6 +161,7 @@ def check_router(
     only: Iterable[str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     hidden_size: int = 8,
+    keep_going: bool = False,
     on_result: Callable[[Result], None] | None = None,
 ) -> Report:
     """Run the suite on one router and return what it found.
@@ -167,6 +173,7 @@ def check_router(
         only: ids, names or groups of the rules to run.
         expected_failures: id or name of a rule to the reason why it fails. Strict: one that holds is a failure.
         hidden_size: width of the hidden states for routers that look past the logits.
+        keep_going: run groups also when one that they stand on failed, which repeats one bug many times.
         on_result: called with each result as it comes.
 
     Raises:
@@ -176,7 +183,7 @@ def check_router(
     chosen = find_profile(profile) if isinstance(profile, str) else profile
     subject = Subject.of(router, config=config, hidden_size=hidden_size)
     expected = checked_expectations(expected_failures)
-    run = Run(subject, expected)
+    run = Run(subject, expected, keep_going=keep_going)
     started = time.perf_counter()
     results = []
     for rule in select_rules(only):

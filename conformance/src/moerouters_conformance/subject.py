@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from hypothesis import reject
 from torch import Tensor
 
 from moerouters import Assignment, Capabilities, Gating, Router, RouterConfig, RouterSpec, StateAlgebra
@@ -18,7 +17,7 @@ from moerouters.gating import GatingSettings
 from moerouters.registry import API_VERSION, Provenance, info
 from moerouters.registry.configs import make_config
 from moerouters_conformance.case import Batch, Case, make_batch, warm_up_logits
-from moerouters_conformance.violation import Violation
+from moerouters_conformance.violation import Refused, Violation
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "softmax": {"score": "softmax"},
@@ -31,6 +30,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "soft-capped softmax": {"score": "softmax", "soft_cap": 30.0},
 }
 """The gatings of the field's models (Mixtral, OLMoE, GLM, DeepSeek-V3 and -V4, GPT-OSS, Grok), without groups."""
+
+FACTORY_SUMMARY = "A factory handed to the suite."
+"""The summary of what was handed in without a spec; rules about specs do not concern it."""
 
 OPTIONAL_CONTEXT = ("sequence_ids_T", "token_ids_T", "hidden_TD", "noise_key")
 
@@ -66,7 +68,7 @@ class Subject:
     ) -> Self:
         """From an installed name, a spec, or anything that makes a router of a gating.
 
-        A name may carry settings, `bip:iterations=14`, as in `moerouters compare --routers`.
+        A name may carry settings, `name:key=value;key=value`, as in `moerouters compare --routers`.
         """
         if isinstance(router, RouterSpec):
             return cls(router, config=config, hidden_size=hidden_size)
@@ -76,6 +78,10 @@ class Subject:
             merged = written if config is None else config
             return cls(found.spec, config=merged, hidden_size=hidden_size, provenance=found.provenance, label=router)
         return cls(_spec_of(router), config=config, hidden_size=hidden_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What ranks need to build the same subject; what was measured is measured there again."""
+        return {name: self.__dict__[name] for name in ("spec", "config", "hidden_size", "provenance", "label")}
 
     # Building.
 
@@ -87,11 +93,11 @@ class Subject:
         return made
 
     def build(self, settings: GatingSettings) -> Router:
-        """A fresh router; a gating that it refuses in due form is an input that hypothesis passes over."""
+        """A fresh router. Raises Refused for a gating that it refuses in due form."""
         try:
             return self.make(settings)
-        except (ConfigError, UnsupportedError):
-            reject()
+        except (ConfigError, UnsupportedError) as error:
+            raise Refused(str(error)) from error
         except Violation:
             raise
         except Exception as error:
@@ -296,7 +302,7 @@ def _spec_of(factory: Callable[..., Router]) -> RouterSpec:
     with_config.__module__ = getattr(factory, "__module__", "__main__")
     with_config.__qualname__ = getattr(factory, "__qualname__", "factory")
     name = getattr(factory, "__name__", "factory").strip("_<>").lower().replace("_", "-") or "factory"
-    return RouterSpec(name=name, api=API_VERSION, summary="A factory handed to the suite.", factory=with_config)
+    return RouterSpec(name=name, api=API_VERSION, summary=FACTORY_SUMMARY, factory=with_config)
 
 
 def _fingerprint(assignment: Assignment) -> list[object]:

@@ -67,8 +67,9 @@ def failure_text(result: Result) -> str:
 def summary_lines(report: Report) -> list[str]:
     """Totals; everything that did not run is counted, with its reason."""
     totals = report.totals
+    number = len(report.checks)
     lines = [
-        f"{len(report.checks)} checks in {report.seconds:.1f} s: {report.ran} ran "
+        f"{number} check{'' if number == 1 else 's'} in {report.seconds:.1f} s: {report.ran} ran "
         f"({totals['passed']} passed, {totals['failed']} failed, {totals['expected_failure']} expected failures), "
         f"{totals['error']} errors, {totals['blocked']} blocked, {totals['not_applicable']} not applicable"
     ]

@@ -28,5 +28,9 @@ class NotApplicable(Exception):
     """The rule has nothing to check on this router; the text says why."""
 
 
+class Refused(Exception):
+    """The router refuses this gating in due form, by ConfigError or UnsupportedError: an input to pass over."""
+
+
 class Blocked(Exception):
     """The rule was not run because one that it stands on failed."""

@@ -17,8 +17,8 @@ class NoisyTopK(Router):
         self.noise_ED = nn.Parameter(torch.zeros(gating.num_experts, hidden_size))
 
     def _noisy(self, logits_TE: Tensor, ctx: RouteContext) -> tuple[Tensor, Tensor]:
-        hidden_TD = ctx.need("hidden_TD", router="noisy-topk").to(logits_TE.dtype)
-        spread_TE = F.softplus(F.linear(hidden_TD, self.noise_ED.to(logits_TE.dtype)))
+        hidden_TD = torch.where(ctx.valid_T.unsqueeze(1), ctx.need("hidden_TD", router="noisy-topk"), 0.0)
+        spread_TE = F.softplus(F.linear(hidden_TD.to(logits_TE.dtype), self.noise_ED.to(logits_TE.dtype)))
         noise_TE = normal_noise(ctx.need("noise_key", router="noisy-topk"), tuple(logits_TE.shape))
         return logits_TE + noise_TE * spread_TE, spread_TE
 

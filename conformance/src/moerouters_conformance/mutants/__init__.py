@@ -46,7 +46,8 @@ def mutant(
         if declared is not None and "capabilities" not in spec:
             spec["capabilities"] = declared
         name = f"mutant-{rule.lower()}-{len(_KNOWN)}"
-        made = RouterSpec(name=name, api=API_VERSION, summary=text or name, factory=factory, config=config, **spec)
+        about = {"name": name, "api": API_VERSION, "summary": text or name} | spec
+        made = RouterSpec(factory=factory, config=config, **about)
         source = dedent(inspect.getsource(factory))
         _KNOWN.append(Mutant(rule=rule, text=text, spec=made, source=source))
         return factory

@@ -20,6 +20,7 @@ from moerouters import (
     Routing,
     StateAlgebra,
 )
+from moerouters.capabilities import MaxViolation
 
 
 class Plain(Router):
@@ -46,7 +47,12 @@ class Spoiled(Plain):
 class Learner(Plain):
     """A bias per expert that follows the load by its sign, once per step (arXiv:2408.15664, Algorithm 1)."""
 
-    capabilities = Capabilities(state=StateAlgebra.ADDITIVE, load_scope=LoadScope.GLOBAL)
+    # Worst of 160 histories: 0.92, where a router that does nothing has 1.6 to 1.9.
+    capabilities = Capabilities(
+        state=StateAlgebra.ADDITIVE,
+        load_scope=LoadScope.GLOBAL,
+        balance=MaxViolation(at_most=1.1, after_steps=60),
+    )
     rate: ClassVar[float] = 0.01
     expert_bias_E: Tensor
 
@@ -69,7 +75,13 @@ class Learner(Plain):
 class Solver(Plain):
     """A bias solved on the batch itself: what every expert's mean score exceeds the average by. Not causal."""
 
-    capabilities = Capabilities(state=StateAlgebra.MEAN_OF_SOLVES, load_scope=LoadScope.LOCAL, causal=False)
+    capabilities = Capabilities(
+        state=StateAlgebra.MEAN_OF_SOLVES,
+        load_scope=LoadScope.LOCAL,
+        causal=False,
+        # Worst of 96 histories: 0.69.
+        balance=MaxViolation(at_most=0.9),
+    )
     offset_E: Tensor
 
     def __init__(self, gating: Gating, config: RouterConfig = RouterConfig()) -> None:

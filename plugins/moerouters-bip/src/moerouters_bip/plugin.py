@@ -8,7 +8,7 @@ from moerouters.registry import RouterSpec, hookimpl
 @hookimpl
 def moerouters_routers() -> tuple[RouterSpec, ...]:
     from moerouters_bip.config import BipConfig
-    from moerouters_bip.router import BipRouter
+    from moerouters_bip.router import BipRouter, capabilities_of
 
     return (
         RouterSpec(
@@ -17,7 +17,7 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
             summary="Balances every batch as it routes it, by a few dual steps of the assignment problem.",
             factory=BipRouter,
             config=BipConfig,
-            capabilities=BipRouter.capabilities,
+            capabilities=capabilities_of(BipConfig()),
             reference="arXiv:2502.15451",
         ),
     )

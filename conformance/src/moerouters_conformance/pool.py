@@ -1,0 +1,127 @@
+"""A pool of gloo ranks that lives as long as this process: one start of four interpreters for all distributed checks.
+
+Starting four ranks costs 5 to 10 s on two cores (four imports of torch); a case then costs milliseconds. Cases travel
+as small picklable descriptions, and every rank makes its own shard of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn
+
+from moerouters_conformance.violation import Violation
+
+WORLD_SIZE = 4
+TIMEOUT_S = 60.0
+"""For one job on all ranks; they take well under a second, so whatever needs longer hangs."""
+
+
+class RankPool:
+    """`WORLD_SIZE` processes with a gloo group over all of them."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="moerouters-ranks-")
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for rank in range(WORLD_SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._folder.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        """[job(rank, *args) on every rank]. Raises Violation if a rank raises, dies, or does not come back in time."""
+        for pipe in self._pipes:
+            pipe.send((job, args))
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(answers) < WORLD_SIZE:
+            waiting = [rank for rank in range(WORLD_SIZE) if rank not in answers]
+            heard = wait([self._pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
+            ready = [rank for rank in waiting if self._pipes[rank] in heard]
+            if not ready:
+                self._fail(f"ranks {waiting} did not come back within {TIMEOUT_S:.0f} s: they hang")
+            for rank in ready:
+                try:
+                    ok, answers[rank] = self._pipes[rank].recv()
+                except EOFError:
+                    self._processes[rank].join(1.0)
+                    self._fail(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
+                if not ok:
+                    # The others may wait for it in a collective for ever.
+                    self._fail(f"rank {rank} raised {answers[rank]}")
+        return [answers[rank] for rank in range(WORLD_SIZE)]
+
+    def _fail(self, saw: str) -> NoReturn:
+        self.close()
+        raise Violation(saw)
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        """End the processes, whatever they wait for."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._pipes, self._processes = [], []
+        self._folder.cleanup()
+
+
+_pool: RankPool | None = None
+
+
+def rank_pool() -> RankPool:
+    """The pool of this process; started at the first call, and again after a job hung."""
+    global _pool
+    if _pool is None or not _pool.alive:
+        if _pool is not None:
+            _pool.close()
+        else:
+            atexit.register(_close)
+        _pool = RankPool()
+    return _pool
+
+
+def _close() -> None:
+    if _pool is not None:
+        _pool.close()
+
+
+def _serve(rank: int, folder: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from moerouters_conformance.subject import blame
+
+    torch.set_num_threads(1)  # the ranks share the machine
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=TIMEOUT_S / 2),
+    )
+    while True:
+        try:
+            job, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, job(rank, *args))
+        except Exception as error:
+            answer = (False, blame(error))
+        pipe.send(answer)
