@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moerouters.attach import attach
 from moerouters.errors import MoeroutersError
+from moerouters.handle import attach
 from moerouters.lab.batches import training_windows, validation_windows
 from moerouters.lab.clock import RouterClock
 from moerouters.lab.corpus import Corpus

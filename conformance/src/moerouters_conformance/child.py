@@ -10,10 +10,11 @@ import sys
 
 from moerouters import registry
 from moerouters.errors import MoeroutersError
-from moerouters_conformance.checks import find_rule
 from moerouters_conformance.profile import find_profile
+from moerouters_conformance.report import Result, Status
 from moerouters_conformance.request import Event, Request
-from moerouters_conformance.runner import Check, Run, make_report
+from moerouters_conformance.rule import Rule
+from moerouters_conformance.runner import Check, Run, checked_expectations, make_report, select_rules
 from moerouters_conformance.subject import Subject
 
 
@@ -27,19 +28,25 @@ def main() -> None:
             answers.flush()
 
         try:
+            profile = find_profile(request.profile)
+            rules = [rule for rule in select_rules(request.only) if rule.id not in request.done]
+            expected = checked_expectations(request.expected)
             registry.configure(plugins=request.plugins, disable=request.disable)
             subject = Subject.of(request.router, hidden_size=request.hidden_size)
         except MoeroutersError as error:
             tell(Event(kind="refused", error=type(error).__name__, message=str(error)))
             return
-        profile = find_profile(request.profile)
         tell(Event(kind="header", header=make_report(subject, profile, [], seconds=0.0)))
-        run = Run(subject, request.expected, dict(request.failed), request.keep_going)
-        for key in request.rules:
-            rule = find_rule(key)
-            assert rule is not None, key
-            tell(Event(kind="start", rule=rule.id))
+        run = Run(subject, expected, dict(request.failed), request.keep_going)
+        for rule in rules:
+            tell(Event(kind="start", result=broken_off(rule)))
             tell(Event(kind="result", result=run.run(Check(rule=rule, profile=profile))))
+        tell(Event(kind="end"))
+
+
+def broken_off(rule: Rule) -> Result:
+    """The result of a rule that takes the process along."""
+    return Result(id=rule.id, name=rule.name, group=rule.group, rule=rule.text, status=Status.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What `moerouters check` and `python -m moerouters_conformance` do."""
+"""What `moerouters check` and `python -m moerouters_conformance` do.
+
+The checks run in a child, and torch is imported there only: two imports one after the other would cost 3 s more.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,8 @@ from pathlib import Path
 
 from moerouters.errors import ConfigError
 from moerouters.registry import current_switches
-from moerouters_conformance.checks import all_rules, find_rule
-from moerouters_conformance.explain import explanation
 from moerouters_conformance.profile import find_profile
 from moerouters_conformance.request import Event, Request
-from moerouters_conformance.runner import checked_expectations, select_rules
 from moerouters_conformance.supervisor import run_supervised
 from moerouters_conformance.text import report_text
 
@@ -40,6 +40,8 @@ def check(
         print(explain_rule(explain), end="")
         return 0
     if list_rules:
+        from moerouters_conformance.checks import all_rules
+
         for rule in all_rules():
             print(f"{rule.id}  {rule.group:<12} {rule.name:<40} {rule.text}")
         return 0
@@ -58,10 +60,10 @@ def check(
     request = Request(
         router=router,
         profile=profile,
-        rules=tuple(rule.id for rule in select_rules(only)),
+        only=None if only is None else tuple(only),
         hidden_size=hidden_size,
         keep_going=keep_going,
-        expected=checked_expectations(expected),
+        expected=dict(expected or {}),
         plugins=None if switches.allow is None else switches.allow.items,
         disable=None if switches.deny is None else switches.deny.items,
     )
@@ -76,6 +78,10 @@ def check(
 
 def explain_rule(key: str) -> str:
     """The explanation of a rule by id or name; ConfigError for another."""
+    from moerouters_conformance.checks import find_rule
+    from moerouters_conformance.explain import explanation
+    from moerouters_conformance.runner import select_rules
+
     rule = find_rule(key)
     if rule is None:
         select_rules([key])  # raises with a suggestion
@@ -89,6 +95,5 @@ def _progress(event: Event) -> None:
     """On a terminal, the rule at work."""
     if not sys.stderr.isatty():
         return
-    rule = find_rule(event.rule)
-    text = f"{rule.id} {rule.name}" if rule is not None else ""
+    text = f"{event.result.id} {event.result.name}" if event.kind == "start" and event.result is not None else ""
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

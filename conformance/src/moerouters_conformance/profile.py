@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-
-from hypothesis import Phase, settings
+from typing import TYPE_CHECKING
 
 from moerouters.errors import ConfigError
+
+if TYPE_CHECKING:
+    import hypothesis
 
 
 class Cost(StrEnum):
@@ -33,8 +35,10 @@ class Profile:
     random: bool = False
     """False: the same examples in every run of one hypothesis version, so a green run stays green."""
 
-    def settings(self, *, examples: int | None = None) -> settings:
+    def settings(self, *, examples: int | None = None) -> hypothesis.settings:
         """Settings for one property. No deadline: the first torch call of a process can take seconds."""
+        from hypothesis import Phase, settings
+
         return settings(
             max_examples=examples or self.examples,
             derandomize=not self.random,
@@ -46,14 +50,13 @@ class Profile:
         )
 
 
-_CHEAP = frozenset({Cost.CHEAP, Cost.HISTORY})
 _ALL = frozenset(Cost)
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile(name="smoke", examples=10, histories=1, costs=_CHEAP),
-        Profile(name="default", examples=100, histories=3, costs=_ALL),
+        Profile(name="smoke", examples=5, histories=1, costs=frozenset({Cost.CHEAP})),
+        Profile(name="default", examples=50, histories=3, costs=_ALL),
         Profile(name="thorough", examples=1000, histories=20, costs=_ALL, random=True),
     )
 }

@@ -19,8 +19,10 @@ class Request(_Message):
 
     router: str
     profile: str
-    rules: tuple[str, ...]
-    """Ids, in order."""
+    only: tuple[str, ...] | None = None
+    """Ids, names or groups of rules; None for all."""
+    done: tuple[str, ...] = ()
+    """Ids of rules that an earlier process has dealt with."""
     hidden_size: int = 8
     keep_going: bool = False
     expected: dict[str, str] = {}
@@ -34,12 +36,11 @@ class Request(_Message):
 class Event(_Message):
     """One line of the answer."""
 
-    kind: Literal["header", "start", "result", "refused"]
+    kind: Literal["header", "start", "result", "end", "refused"]
     header: Report | None = None
     """The report without any check in it."""
-    rule: str = ""
-    """The id of the rule that starts."""
     result: Result | None = None
+    """What came of a rule; of one that starts, what is to be said if it never ends."""
     error: str = ""
     """Name of one of `moerouters.errors`."""
     message: str = ""

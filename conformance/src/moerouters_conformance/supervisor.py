@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 from moerouters import errors
 from moerouters.errors import RouterUnavailable
-from moerouters_conformance.checks import find_rule
 from moerouters_conformance.report import Report, Result, Status
 from moerouters_conformance.request import Event, Request
 
@@ -29,10 +28,12 @@ def run_supervised(request: Request, *, limit_s: float, on_event: Callable[[Even
     started = time.perf_counter()
     header: Report | None = None
     results: list[Result] = []
-    left = request
-    while left.rules:
-        current = ""
-        with _child(left) as child:
+    ended = False
+    while not ended:
+        current: Result | None = None
+        failed = {r.group: r.id for r in reversed(results) if r.status in (Status.FAILED, Status.ERROR)}
+        done = tuple(result.id for result in results)
+        with _child(request.model_copy(update={"done": done, "failed": failed})) as child:
             for event in child.events(limit_s):
                 if on_event is not None:
                     on_event(event)
@@ -42,22 +43,20 @@ def run_supervised(request: Request, *, limit_s: float, on_event: Callable[[Even
                     case "header":
                         header = event.header
                     case "start":
-                        current = event.rule
+                        current = event.result
                     case "result":
                         assert event.result is not None
                         results.append(event.result)
-                        current = ""
+                        current = None
+                    case "end":
+                        ended = True
             outcome = child.outcome
         if header is None:
             raise _unloadable(request.router, outcome)
-        if current:
-            results.append(_broken_off(current, outcome))
-            if on_event is not None:
-                on_event(Event(kind="result", result=results[-1]))
-        elif len(results) < len(request.rules):
-            raise RuntimeError(f"the checking process ended early: {outcome}")
-        failed = {r.group: r.id for r in reversed(results) if r.status in (Status.FAILED, Status.ERROR)}
-        left = left.model_copy(update={"rules": request.rules[len(results) :], "failed": failed})
+        if current is not None:
+            results.append(current.model_copy(update={"reason": f"the router {outcome}"}))
+        elif not ended:
+            raise RuntimeError(f"between two checks, the process that runs them {outcome}")
     assert header is not None
     seconds = round(time.perf_counter() - started, 2)
     return header.model_copy(update={"checks": tuple(results), "seconds": seconds})
@@ -113,19 +112,6 @@ def _child(request: Request) -> Iterator[_Child]:
         os.close(reading)
         process.kill()
         process.wait()
-
-
-def _broken_off(rule_id: str, outcome: str) -> Result:
-    rule = find_rule(rule_id)
-    assert rule is not None
-    return Result(
-        id=rule.id,
-        name=rule.name,
-        group=rule.group,
-        rule=rule.text,
-        status=Status.ERROR,
-        reason=f"the router {outcome}",
-    )
 
 
 def _unloadable(router: str, outcome: str) -> RouterUnavailable:

@@ -41,7 +41,6 @@ E, K = 8, 2
     why="The fullest expert sets the time of a step; a bound that does not hold misleads whoever sizes buffers by it.",
     bug="A bias that is allocated and never updated: OLMo-core#227, prime-rl PR 2953, maxtext#2494 (T21, T22).",
     requires=(BALANCE,),
-    cost=Cost.HISTORY,
 )
 def bound_holds_when_stationary(subject: Subject, profile: Profile) -> None:
     _expect_bound(subject, profile, Kind.STATIONARY)
@@ -104,7 +103,6 @@ def _expect_bound(subject: Subject, profile: Profile, kind: Kind) -> None:
     why="A flipped sign trains without an error, and sends the fullest expert still more tokens.",
     bug="scores - beta in training and + beta in inference: review of Megatron-LM PR 6802 (T43).",
     requires=(STATE,),
-    cost=Cost.HISTORY,
 )
 def learning_does_not_hurt(subject: Subject, profile: Profile) -> None:
     for family, seed in _runs(subject, profile):
@@ -165,7 +163,7 @@ def starved_experts_recover(subject: Subject, profile: Profile) -> None:
 def state_settles(subject: Subject, profile: Profile) -> None:
     bound = subject.capabilities.balance
     assert bound is not None
-    for family in _families(subject):
+    for family in _families(subject)[: profile.histories]:
         router = _router(subject, family)
         history = History(kind=Kind.STATIONARY, num_experts=E, after_steps=bound.after_steps)
         early = _after(subject, router, history)
@@ -186,10 +184,9 @@ def state_settles(subject: Subject, profile: Profile) -> None:
     "A batch that is balanced stays balanced, however often it comes.",
     why="A balancer that corrects what needs no correction undoes itself.",
     requires=(STATE, NO_NOISE),
-    cost=Cost.HISTORY,
 )
 def balance_is_left_alone(subject: Subject, profile: Profile) -> None:
-    for family in _families(subject):
+    for family in _families(subject)[: profile.histories]:
         router, batch = _router(subject, family), _balanced_batch(subject)
         for step in range(60):
             assignment = subject.route(router, batch)
@@ -255,7 +252,7 @@ def micro_batches_weigh_by_tokens(subject: Subject, case: Case) -> None:
     requires=(FOLLOWS_SCORES, FIXED_SLOTS, NO_NOISE),
 )
 def balanced_choice_is_kept(subject: Subject, profile: Profile) -> None:
-    for family in _families(subject):
+    for family in _families(subject)[: profile.histories]:
         batch = _balanced_batch(subject)
         chosen = experts_by_token(subject.route(_router(subject, family), batch))
         for token, experts in enumerate(chosen):
