@@ -1,6 +1,7 @@
 """The rules can fail: each has a mutant that breaks it, and a mutant breaks nothing that an earlier group checks."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -10,9 +11,11 @@ from moerouters_conformance import Group, Status, check_router
 from moerouters_conformance.checks import all_rules, find_rule
 from moerouters_conformance.mutants import Mutant, all_mutants
 from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Solver
-from moerouters_conformance.profile import Cost
+from moerouters_conformance.profile import Cost, find_profile
 from moerouters_conformance.text import report_text
 
+QUICK = replace(find_profile("default"), shrink=False)
+"""That a mutant fails is asked here, and not on how small an input."""
 SLOW = {Cost.CODEGEN, Cost.RANKS, Cost.PROCESS}
 
 
@@ -27,8 +30,8 @@ def parameters(costs: set[Cost]) -> list[object]:
     return [pytest.param(m, id=f"{m.rule}-{m.spec.factory.__name__}") for m in chosen]
 
 
-def fails_its_rule(mutant: Mutant, profile: str) -> None:
-    report = check_router(mutant.spec, profile=profile, only=[mutant.rule])
+def fails_its_rule(mutant: Mutant) -> None:
+    report = check_router(mutant.spec, profile=QUICK, only=[mutant.rule])
     (result,) = report.checks
     assert result.status is Status.FAILED, report_text(report)
     assert result.reason
@@ -36,15 +39,16 @@ def fails_its_rule(mutant: Mutant, profile: str) -> None:
 
 @pytest.mark.parametrize("mutant", parameters({Cost.CHEAP, Cost.HISTORY}))
 def test_a_mutant_fails_its_rule(mutant: Mutant) -> None:
-    fails_its_rule(mutant, "default")
+    fails_its_rule(mutant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", parameters(SLOW))
 def test_a_mutant_of_a_costly_rule_fails_it(mutant: Mutant) -> None:
-    fails_its_rule(mutant, "default")
+    fails_its_rule(mutant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", parameters(set(Cost)))
 def test_a_mutant_breaks_no_rule_of_an_earlier_group(mutant: Mutant) -> None:
     rule = find_rule(mutant.rule)
@@ -65,10 +69,11 @@ def test_every_mutant_says_what_is_wrong_with_it() -> None:
     assert [m.spec.name for m in all_mutants() if not m.text or "\n" in m.text] == []
 
 
+@pytest.mark.parametrize("profile", ["smoke", pytest.param("default", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factory", [Plain, Learner, Solver, Lossy], ids=lambda factory: factory.__name__)
-def test_what_mutants_inherit_from_is_healthy(factory: type) -> None:
+def test_what_mutants_inherit_from_is_healthy(factory: type, profile: str) -> None:
     spec = RouterSpec(
         name=factory.__name__.lower(), api=API_VERSION, summary="x", factory=factory, capabilities=factory.capabilities
     )
-    report = check_router(spec, profile="default", only=[r.id for r in all_rules() if r.cost not in SLOW])
+    report = check_router(spec, profile=profile)
     assert report.ok, report_text(report)

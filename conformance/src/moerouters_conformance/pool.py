@@ -54,7 +54,7 @@ class RankPool:
             for rank in ready:
                 try:
                     ok, answers[rank] = self._pipes[rank].recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     self._processes[rank].join(1.0)
                     self._fail(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
                 if not ok:

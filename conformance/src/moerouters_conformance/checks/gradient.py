@@ -224,26 +224,6 @@ def gradients_are_finite(subject: Subject, case: Case) -> None:
         _expect_finite(_gradient(loss, logits_TE), f"losses[{name!r}], which is {loss.item():.4g}, gives logits_TE")
 
 
-@book.rule(
-    "G10",
-    "Declared balance losses do not grow with the batch: twice the same tokens, the same loss.",
-    why="A loss that sums over tokens changes its weight with the batch size and the number of ranks.",
-    bug="Accumulated counts divided by the current micro-batch's tokens: Megatron-LM#7213 (T16).",
-    requires=(BALANCED_LOSSES,),
-)
-@forall(lambda subject: distinct_cases(subject, masks=True, training=True))
-def losses_ignore_the_batch_size(subject: Subject, case: Case) -> None:
-    router, batch = subject.prepared(case), case.batch(subject)
-    twice = batch.rows(torch.arange(batch.num_tokens).repeat(2))
-    one, two = subject.route(router, batch), subject.route(router, twice)
-    if experts_by_token(two) != experts_by_token(one) * 2:
-        return
-    for name in router.capabilities.balanced_losses:
-        here, there = one.losses[name].item(), two.losses[name].item()
-        if abs(here - there) > 1e-6 * abs(here):  # as in G08
-            raise Violation(f"losses[{name!r}] is {here:.8g}, and {there:.8g} for the same tokens twice")
-
-
 def _differentiable(subject: Subject, case: Case) -> tuple[Tensor, Assignment]:
     """The case's logits as a leaf, and what the router makes of them."""
     batch = case.batch(subject)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moerouters import Assignment, Gating, RouteContext, RouterConfig, Routing
 from moerouters_conformance.mutants import mutant
-from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Spoiled, swap
+from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Solver, Spoiled, swap
 
 
 def _world() -> int:
@@ -51,14 +51,17 @@ class SkipsWithoutTokens(Lossy):
 
 
 @mutant("D04")
-class ReducesAgain(Learner):
-    """Sums its stats over all ranks in update, though they arrive reduced over the ranks with distinct tokens."""
+class CountsOnTheWorld(Solver):
+    """Expects one forward from every rank of the world, and makes up for those that are missing."""
+
+    def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        found = super().observe(routing, ctx)
+        return found | {"forwards": torch.ones_like(found["tokens"])}
 
     def update(self, stats: Mapping[str, Tensor]) -> None:
-        load_E = stats["load_E"].clone()
-        if _world() > 1:
-            dist.all_reduce(load_E)
-        self.expert_bias_E.sub_(1e-3 * (load_E - load_E.double().mean()).float())
+        missing = _world() / stats["forwards"].clamp_min(1) if _world() > 1 else 1
+        sums_E = stats["offset_times_tokens_E"] * missing
+        super().update({"tokens": stats["tokens"], "offset_times_tokens_E": sums_E})
 
 
 class RateConfig(RouterConfig):

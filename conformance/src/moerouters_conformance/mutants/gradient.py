@@ -176,13 +176,3 @@ class ThroughTheRoot(Plain):
         chances_TE = self.gating.probabilities(torch.where(real_T1, routing.logits_TE, 0.0))
         mean_E = (chances_TE * real_T1).sum(dim=0) / ctx.valid_T.sum().clamp_min(1)
         return {"importance": (mean_E - mean_E.mean()).square().sum().sqrt().square()}
-
-
-@mutant("G10")
-class SumsOverTokens(Balanced):
-    """Divides by a number of tokens that was right for one batch size."""
-
-    def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
-        assert ctx.valid_T is not None
-        tokens = ctx.valid_T.sum()
-        return {name: loss * tokens / 16 for name, loss in super().losses(routing, ctx).items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moerouters import Assignment, Capabilities, Gating, RouteContext, Routing, Selection
 from moerouters_conformance.mutants import mutant
-from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Solver
+from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Solver, swap
 
 
 class PerSequence(Lossy):
@@ -44,7 +44,7 @@ class MultipliesByTheMask(Lossy):
 
     def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
         assert ctx.valid_T is not None
-        sizes_T = routing.logits_TE.square().mean(dim=1) * ctx.valid_T
+        sizes_T = ctx.need("hidden_TD", router="mutant").square().mean(dim=1) * ctx.valid_T
         return {"size": sizes_T.sum() / ctx.valid_T.sum().clamp_min(1)}
 
 
@@ -111,13 +111,16 @@ class RootOfZero(Lossy):
 
 
 @mutant("P06")
-class ValueWithoutPadding(Lossy):
-    """Lets the gradient of its loss through to padding, at a value of 0."""
+class ValueWithoutPadding(Plain):
+    """Lets a gradient through to padding, at a value of 0."""
 
-    def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
-        scores_TE = self.gating.probabilities(torch.nan_to_num(routing.logits_TE, posinf=0.0, neginf=0.0))
-        leak = scores_TE.square().sum()
-        return {name: loss + leak - leak.detach() for name, loss in super().losses(routing, ctx).items()}
+    def _route(self, raw_TE: Tensor, ctx: RouteContext) -> Assignment:
+        assignment = super()._route(raw_TE, ctx)
+        if ctx.valid_T is None:
+            return assignment
+        padding_TE = torch.where(ctx.valid_T.unsqueeze(1), 0.0, raw_TE.float().nan_to_num(0.0, 0.0, 0.0))
+        leak = padding_TE.sum()
+        return swap(assignment, weights=assignment.weights + (leak - leak.detach()))
 
 
 @mutant("P07")

@@ -6,26 +6,29 @@ import random
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moerouters import Assignment, Gating, RouteContext, Routing
+from moerouters import Assignment, Gating, RouteContext, RouterConfig, Routing
 from moerouters_conformance.mutants import mutant
 from moerouters_conformance.mutants.healthy import Learner, Lossy, Plain, Spoiled, swap
 
 
 @mutant("U01")
-class LargestBatchSeen(Lossy):
-    """Divides its loss by the largest batch that it has seen so far."""
+class RemembersEvaluation(Lossy):
+    """Halves its loss once it has been in eval mode."""
 
-    largest: int = 1
+    evaluated: bool = False
+
+    def _route(self, raw_TE: Tensor, ctx: RouteContext) -> Assignment:
+        self.evaluated |= not self.training
+        return super()._route(raw_TE, ctx)
 
     def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
-        self.largest = max(self.largest, routing.logits_TE.shape[0])
-        return {name: loss / self.largest for name, loss in super().losses(routing, ctx).items()}
+        share = 0.5 if self.evaluated else 1.0
+        return {name: share * loss for name, loss in super().losses(routing, ctx).items()}
 
 
 @mutant("U02")
@@ -105,15 +108,19 @@ class SeededGlobally(Lossy):
 
 
 @mutant("U05")
-class OneListForAll(Lossy):
-    """Keeps the batch sizes of all routers of its class in one place, and divides its loss by the largest."""
+class RemembersTheLastRouter(Lossy):
+    """Keeps in its class which router was at work last, and halves its loss after a change."""
 
-    sizes: ClassVar[WeakKeyDictionary[OneListForAll, int]] = WeakKeyDictionary()
+    last: ClassVar[list[object]] = []
+
+    def __init__(self, gating: Gating, config: RouterConfig = RouterConfig()) -> None:
+        super().__init__(gating, config)
+        self.last.clear()
 
     def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
-        self.sizes[self] = max(1, routing.logits_TE.shape[0])
-        largest = max(self.sizes.values())
-        return {name: loss / largest for name, loss in super().losses(routing, ctx).items()}
+        share = 0.5 if self.last and self.last[0] is not self else 1.0
+        self.last[:] = [self]
+        return {name: share * loss for name, loss in super().losses(routing, ctx).items()}
 
 
 @mutant("U06")
@@ -126,7 +133,8 @@ class CountsForItself(Learner):
 
     def update(self, stats: Mapping[str, Tensor]) -> None:
         own_E, self.own_E = self.own_E, torch.zeros_like(self.own_E)
-        self.expert_bias_E.add_((own_E.double().mean() - own_E).float(), alpha=self.rate)
+        surplus_E = own_E / stats["load_E"].sum().clamp_min(1) - 1 / own_E.shape[0]
+        self.expert_bias_E.sub_(surplus_E.float(), alpha=self.rate)
 
 
 @mutant("U06")
@@ -207,6 +215,6 @@ class NoLossWithoutGraph(Spoiled):
     """Hands its loss out as 0 where nothing can be differentiated."""
 
     def spoil(self, assignment: Assignment, ctx: RouteContext) -> Assignment:
-        loss = assignment.weights.square().sum()
+        loss = assignment.weights.square().sum() / assignment.tokens.clamp_min(1)
         losses = {"size": loss if torch.is_grad_enabled() else 0 * loss} if self.training else {}
         return swap(assignment, losses=losses)

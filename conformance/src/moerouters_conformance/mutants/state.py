@@ -66,15 +66,6 @@ class PlainTensor(Promiseless):
 
 
 @mutant("S05")
-class ReadsAValueWhenBuilt(Promiseless):
-    """Reads a value off its buffer while it is being built."""
-
-    def __init__(self, gating: Gating, config: RouterConfig = RouterConfig()) -> None:
-        super().__init__(gating, config)
-        self.start = self.expert_bias_E.sum().item()
-
-
-@mutant("S05")
 class FillsWhenBuilt(Promiseless):
     """Fills the buffer of its rates when built, where reset_state does not."""
 
@@ -142,16 +133,25 @@ class VelocityOutside(Promiseless):
 
 @mutant("S10")
 class StartsAnewAfterEvaluation(Promiseless):
-    """Forgets what it learned when it is put into eval mode for the second time."""
+    """Has momentum, and loses it when it is put into eval mode."""
 
-    evaluations: int = 0
+    velocity_E: Tensor
+
+    def __init__(self, gating: Gating, config: RouterConfig = RouterConfig()) -> None:
+        super().__init__(gating, config)
+        self.register_state("velocity_E", gating.num_experts)
 
     def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.evaluations += not mode
-        if self.evaluations > 1 and not mode:
-            self.expert_bias_E.zero_()
-        return self
+        if not mode:
+            self.velocity_E.zero_()
+        return super().train(mode)
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        before_E = self.expert_bias_E.clone()
+        super().update(stats)
+        if stats["load_E"].sum() > 0:
+            self.velocity_E.copy_(self.expert_bias_E - before_E + self.velocity_E / 2)
+            self.expert_bias_E.copy_(before_E + self.velocity_E)
 
 
 @mutant("S11")

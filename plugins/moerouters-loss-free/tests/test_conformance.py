@@ -1,0 +1,6 @@
+from moerouters_conformance import parametrize_with_checks
+
+
+@parametrize_with_checks(["loss-free"])
+def test_conformance(router, check):
+    check(router)
