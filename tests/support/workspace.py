@@ -47,7 +47,7 @@ class Distribution:
     @property
     def routers(self) -> list[str]:
         """Names under which the distribution offers routers."""
-        return list(self.project["entry-points"]["moerouters"])
+        return list(self.project.get("entry-points", {}).get("moerouters", {}))
 
     def __str__(self) -> str:
         return self.name
@@ -55,4 +55,5 @@ class Distribution:
 
 CORE = Distribution(ROOT)
 PLUGINS = [Distribution(path.parent) for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
-DISTRIBUTIONS = [CORE, *PLUGINS]
+SUITE = Distribution(ROOT / "conformance")
+DISTRIBUTIONS = [CORE, *PLUGINS, SUITE]

@@ -166,14 +166,20 @@ class StockRouter(Router):
         )
 
 
+_ADAPTERS = {
+    stock.label: type(f"{stock.router}Adapter", (StockRouter,), {"stock": stock, "__module__": __name__})
+    for stock in STOCK
+}
+globals().update({adapter.__name__: adapter for adapter in _ADAPTERS.values()})  # pickle finds a class by its name
+
+
 def spec_of(stock: Stock) -> RouterSpec:
     """A spec for the adapter around one class."""
-    factory = type(f"{stock.router}Adapter", (StockRouter,), {"stock": stock, "__module__": __name__})
     return RouterSpec(
         name=f"stock-{stock.module}".replace("_", "-"),
         api=API_VERSION,
         summary=f"{stock.router} of transformers.",
-        factory=factory,
+        factory=_ADAPTERS[stock.label],
         capabilities=StockRouter.capabilities,
     )
 

@@ -110,7 +110,7 @@ def distinct_cases(
     return Case(
         settings=chosen,
         logits=rows,
-        dtype="float64" if "float64" in subject.capabilities.dtypes else "float32",
+        dtype=str(subject.precise).removeprefix("torch."),
         valid=valid,
         training=draw(st.booleans(), label="training") if training is None else training,
         warm_up=draw(st.integers(0, max_warm_up if subject.stateful else 0), label="warm_up"),

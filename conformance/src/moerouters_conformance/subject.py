@@ -160,6 +160,11 @@ class Subject:
         return self.capabilities.state is not StateAlgebra.STATELESS
 
     @property
+    def precise(self) -> torch.dtype:
+        """The widest dtype of logits that it takes: float64, or for some stock routers float32."""
+        return torch.float64 if "float64" in self.capabilities.dtypes else torch.float32
+
+    @property
     def api(self) -> str:
         return self.spec.api
 

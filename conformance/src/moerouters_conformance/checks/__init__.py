@@ -1,4 +1,4 @@
-"""The rules, one module per group, in the order of the data flow."""
+"""The rules, a module or two per group, in the order of the data flow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from importlib import import_module
 
 from moerouters_conformance.rule import Group, Rule, RuleBook
 
+_FURTHER = {Group.CONTRACT: ("edges",), Group.STATE: ("learning",)}
+"""Modules that enter rules into the book of a group, beside the one of its name."""
+
 
 @cache
 def all_rules() -> tuple[Rule, ...]:
@@ -14,6 +17,8 @@ def all_rules() -> tuple[Rule, ...]:
     found: list[Rule] = []
     for group in Group:
         book: RuleBook = import_module(f"{__name__}.{group.value}").book
+        for module in _FURTHER.get(group, ()):
+            import_module(f"{__name__}.{module}")
         found += sorted(book.rules, key=lambda rule: rule.id)
     return tuple(found)
 

@@ -274,7 +274,8 @@ def _expect_slope(subject: Subject, case: Case, value: Reading, what: str) -> No
     output, routes = value(assignment), experts_by_token(assignment)
     grad_TE = _gradient(output, logits_TE)
     # The error is about step**2 in truncation and eps / step in rounding; a loss may have been computed in float32.
-    step, tolerance = (1e-5, 1e-6) if output.dtype == torch.float64 else (1e-2, 1e-2)
+    exact = output.dtype == logits_TE.dtype == torch.float64
+    step, tolerance = (1e-5, 1e-6) if exact else (1e-2, 1e-2)
 
     def slope(direction_TE: Tensor) -> float | None:
         ends = [subject.route(router, batch.with_logits(batch.logits_TE + s * direction_TE)) for s in (step, -step)]
@@ -288,7 +289,7 @@ def _expect_slope(subject: Subject, case: Case, value: Reading, what: str) -> No
         return None if seen is None or abs(seen - felt) <= tolerance * (1 + abs(felt)) else seen
 
     # One uneven direction sees any wrong entry; single entries are tried only to name one.
-    everywhere_TE = (2.0 + 1.3 * torch.arange(logits_TE.numel(), dtype=torch.float64)).cos().reshape(logits_TE.shape)
+    everywhere_TE = (2.0 + 1.3 * torch.arange(logits_TE.numel(), dtype=logits_TE.dtype)).cos().reshape(logits_TE.shape)
     seen = differs(everywhere_TE)
     if seen is None:
         return

@@ -326,9 +326,10 @@ def _unless_the_last_bits_decide(subject: Subject, router: Router, batch: Batch)
         routes = experts_by_token(subject.route(router, batch))
         random = torch.Generator().manual_seed(0)
         for _ in range(8):
-            noise_TE = torch.randn(batch.logits_TE.shape, generator=random, dtype=torch.float64)
-            # Far above the rounding of float64 numbers of this size, far below the distance of any two logits.
-            nudged = batch.with_logits(batch.logits_TE + 1e-12 * noise_TE)
+            noise_TE = torch.randn(batch.logits_TE.shape, generator=random, dtype=subject.precise)
+            # Far above the rounding of numbers of this size, far below the distance of any two logits.
+            nudge = 1e-12 if subject.precise == torch.float64 else 1e-6
+            nudged = batch.with_logits(batch.logits_TE + nudge * noise_TE)
             if experts_by_token(subject.route(router, nudged)) != routes:
                 return
         raise

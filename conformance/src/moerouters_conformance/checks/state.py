@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,22 +12,21 @@ import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from moerouters import MoELayer, Router, attach, load_router_state, save_router_state
+from moerouters import Router, load_router_state, save_router_state
 from moerouters.state import StatefulModule
-from moerouters_conformance.case import Batch, Case, make_batch, warm_up_logits
+from moerouters_conformance.case import Case
 from moerouters_conformance.forall import forall
 from moerouters_conformance.profile import Profile
 from moerouters_conformance.readings import expect_same_bits, state_of, tensors_of
-from moerouters_conformance.requirements import STATE, STATELESS
+from moerouters_conformance.requirements import STATE
 from moerouters_conformance.resume import resume_machine
 from moerouters_conformance.rule import Group, RuleBook
-from moerouters_conformance.snapshots import generators_kept, snapshot
-from moerouters_conformance.strategies import EXTREME, cases
+from moerouters_conformance.snapshots import snapshot
+from moerouters_conformance.strategies import cases
 from moerouters_conformance.subject import Subject, blame
 from moerouters_conformance.violation import Violation
 
 book = RuleBook(Group.STATE)
-STATE_DTYPES = (torch.float32, torch.float64, torch.int64)
 
 
 def learned(subject: Subject) -> SearchStrategy[Case]:
@@ -47,7 +46,7 @@ def state_dict_is_all(subject: Subject, case: Case) -> None:
     router = subject.prepared(case)
     loaded = subject.build(case.settings).train()
     loaded.load_state_dict(state_of(router))
-    _expect_alike(subject, loaded, router, case, when="after load_state_dict into a fresh router")
+    expect_alike(subject, loaded, router, case, when="after load_state_dict into a fresh router")
 
 
 @book.rule(
@@ -65,7 +64,7 @@ def saved_file_is_all(subject: Subject, case: Case) -> None:
         path = Path(folder) / "router.safetensors"
         save_router_state(router, path)
         load_router_state(loaded, path)
-    _expect_alike(subject, loaded, router, case, when="after load_router_state into a fresh router")
+    expect_alike(subject, loaded, router, case, when="after load_router_state into a fresh router")
 
 
 @book.rule(
@@ -81,7 +80,7 @@ def reset_is_fresh(subject: Subject, case: Case) -> None:
     subject.warm_up(router, 2)
     with torch.no_grad():
         router.reset_state()
-    _expect_alike(subject, router, fresh, case, when="after reset_state")
+    expect_alike(subject, router, fresh, case, when="after reset_state")
 
 
 @book.rule(
@@ -123,7 +122,7 @@ def built_on_meta_is_fresh(subject: Subject, case: Case) -> None:
     except Exception as error:
         raise Violation(f"building it on the meta device and resetting its state raised {blame(error)}") from error
     _copy_parameters(fresh, router)
-    _expect_alike(subject, router, fresh, case, when="built on the meta device")
+    expect_alike(subject, router, fresh, case, when="built on the meta device")
 
 
 @book.rule(
@@ -142,10 +141,10 @@ def casts_leave_state(subject: Subject, case: Case) -> None:
         ".to(torch.bfloat16).float()": lambda router: router.to(torch.bfloat16).float(),
     }
     router = subject.prepared(case)
-    before = _state(router)
+    before = state_bits(router)
     for name, cast in casts.items():
         router = cast(router)
-        expect_same_bits(_state(router), before, when=f"after router{name}")
+        expect_same_bits(state_bits(router), before, when=f"after router{name}")
 
 
 @book.rule(
@@ -158,14 +157,14 @@ def casts_leave_state(subject: Subject, case: Case) -> None:
 @forall(learned, share=0.5)
 def loading_keeps_dtypes(subject: Subject, case: Case) -> None:
     router = subject.prepared(case)
-    saved, before = state_of(router), _state(router)
+    saved, before = state_of(router), state_bits(router)
     narrow = {name: value.bfloat16() if value.is_floating_point() else value for name, value in saved.items()}
     for assign in (False, True):
         loaded = subject.build(case.settings).bfloat16()
         loaded.load_state_dict(dict(saved), assign=assign)
-        expect_same_bits(_state(loaded), before, when=f"loaded into a bfloat16 router with assign={assign}")
+        expect_same_bits(state_bits(loaded), before, when=f"loaded into a bfloat16 router with assign={assign}")
         loaded.load_state_dict(dict(narrow), assign=assign)
-        for name, value in _state(loaded).items():
+        for name, value in state_bits(loaded).items():
             if value.dtype != before[name].dtype:
                 raise Violation(
                     f"{name} is {value.dtype} after a bfloat16 checkpoint was loaded with assign={assign}; it was "
@@ -186,14 +185,14 @@ def copies_are_independent(subject: Subject, case: Case) -> None:
     if "<locals>" not in type(router).__qualname__:  # no class of a function's body can be pickled
         ways["a pickle"] = lambda given: pickle.loads(pickle.dumps(given))
     for name, make in ways.items():
-        before = _state(router)
+        before = state_bits(router)
         try:
             copy = make(router)
         except Exception as error:
             raise Violation(f"making {name} raised {blame(error)}") from error
-        _expect_alike(subject, copy, deepcopy(router), case, when=f"as {name}")
+        expect_alike(subject, copy, deepcopy(router), case, when=f"as {name}")
         subject.warm_up(copy, 2)
-        expect_same_bits(_state(router), before, when=f"once {name} of it has learned")
+        expect_same_bits(state_bits(router), before, when=f"once {name} of it has learned")
 
 
 @book.rule(
@@ -207,153 +206,9 @@ def resuming_changes_nothing(subject: Subject, profile: Profile) -> None:
     resume_machine(subject, profile)
 
 
-@book.rule(
-    "S10",
-    "Evaluation between optimizer steps changes nothing that the router learns.",
-    why="Runs that evaluate more often would train another model.",
-    bug="The observation hook also ran in eval and changed the next training step: torchtitan PR 4412 (T43).",
-    requires=(STATE,),
-)
-def evaluation_teaches_nothing(subject: Subject, profile: Profile) -> None:
-    plain, evaluated = (_trained_layer(subject, evaluations=count) for count in (0, 2))
-    expect_same_bits(evaluated, plain, when="with evaluations before and between the optimizer steps")
-
-
-@book.rule(
-    "S11",
-    "What is counted is counted in int64 or float64.",
-    why="float32 stops counting at 2**24 tokens, which a global batch exceeds; bfloat16 at 256.",
-    bug="bfloat16 counters flip the sign of the bias update: Megatron-LM PR 7081 (T17).",
-    requires=(STATE,),
-)
-def counters_are_exact(subject: Subject, profile: Profile) -> None:
-    settings = subject.settings(num_experts=4, top_k=2)
-    router = subject.build(settings).train()
-    whole: dict[str, bool] = {}
-    some: dict[str, Tensor] = {}
-    for step in range(4):
-        batch = make_batch(warm_up_logits(step, 4, tokens=13 + 2 * step), hidden_size=subject.hidden_size)
-        stats = dict(subject.route(router, batch).stats)
-        for name, value in stats.items():
-            whole[name] = whole.get(name, True) and bool((value == value.round()).all())
-            some[name] = value if name not in some or bool(value.any()) else some[name]
-        subject.update(router, stats)
-    for name, value in some.items():
-        # What is whole in four batches of different sizes, and not always 0, is a count.
-        if whole[name] and bool(value.any()) and value.dtype not in (torch.int64, torch.float64):
-            raise Violation(f"stats[{name!r}] holds whole numbers, as {value.dtype}: {value.flatten()[:8].tolist()}")
-
-
-@book.rule(
-    "S12",
-    "update follows from the state and the stats: not from the last forward, nor from global random generators.",
-    why="Stats are sums over micro-batches and ranks; what a rank saw last is another rank's something else.",
-    bug="A gradient-accumulation step learns from its last micro-batch: torchtitan PR 1593, PR 1304 (T28).",
-    requires=(STATE,),
-)
-@forall(learned, share=0.4)
-def update_reads_its_stats(subject: Subject, case: Case) -> None:
-    router, other = subject.prepared(case), subject.prepared(case)
-    batch = case.batch(subject)
-    stats = dict(subject.route(router, batch).stats)
-    subject.route(other, batch)
-    E = case.settings.num_experts
-    subject.route(other, make_batch(warm_up_logits(9, E).flip(1), hidden_size=subject.hidden_size))
-    with generators_kept():
-        for seed, each in ((1, router), (2, other)):
-            torch.manual_seed(seed)
-            subject.update(each, _copied(stats))
-    expect_same_bits(_state(other), _state(router), when="updated after another forward and another global seed")
-
-
-@book.rule(
-    "S13",
-    "update changes none of its stats, and keeps none of them.",
-    why="The sums are cleared in place after the step; other readers, metrics and the log, read them as well.",
-    bug="Aliased counters: buffers and accumulators that overwrite each other, Automodel#3325, PR 3247 (T30).",
-    requires=(STATE,),
-)
-@forall(learned, share=0.4)
-def update_leaves_its_stats(subject: Subject, case: Case) -> None:
-    router = subject.prepared(case)
-    stats = dict(subject.route(router, case.batch(subject)).stats)
-    before = _copied(stats)
-    subject.update(router, stats)
-    expect_same_bits(stats, before, when="after update was given them")
-    kept, cleared = deepcopy(router), router
-    for value in stats.values():
-        value.zero_()
-    expect_same_bits(_state(cleared), _state(kept), when="once the stats of the last update are cleared")
-    _expect_alike(subject, cleared, kept, case, when="once the stats of the last update are cleared")
-
-
-@book.rule(
-    "S14",
-    "State stands in register_state's buffers, float32 or int64, keeps its shape and stays finite.",
-    why="Casts, checkpoints and reset know the buffers by that list; one NaN in them stays for the rest of the run.",
-    bug="A bias buffer outside the usual ways is lost or narrowed: prime-rl PR 3429, maxtext#2494 (T21).",
-    requires=(STATE,),
-)
-@forall(lambda subject: cases(subject, values=EXTREME, masks=True, training=True))
-def state_is_registered_and_finite(subject: Subject, case: Case) -> None:
-    router = subject.prepared(case)
-    fresh = _state(subject.build(case.settings))
-    for _ in range(2):
-        subject.update(router, dict(subject.route(router, case.batch(subject)).stats))
-    known = set(router.state_names())
-    buffers = set(router.state_dict()) - {name for name, _ in router.named_parameters()}
-    unknown = {name for name in buffers - known if not name.startswith("gating.")}
-    if unknown:
-        raise Violation(f"state_dict holds {sorted(unknown)}, and state_names() are {sorted(known)}")
-    for name, value in _state(router).items():
-        if value.dtype not in STATE_DTYPES:
-            raise Violation(f"{name} is {value.dtype}")
-        if value.shape != fresh[name].shape:
-            raise Violation(f"{name} has shape {list(value.shape)} after updates, {list(fresh[name].shape)} before")
-        if not bool(torch.isfinite(value).all()):
-            raise Violation(f"{name} is {value.tolist()} after updates from these logits")
-
-
-@book.rule(
-    "S15",
-    "A router that declares state=stateless keeps none and observes nothing.",
-    why="attach calls no update for it: what it would have learned is lost without a word.",
-    bug="A bias buffer that is allocated and never updated: OLMo-core#227, DeepSeek-V3#761 (T21, T22).",
-    requires=(STATELESS,),
-)
-@forall(lambda subject: cases(subject, training=True), share=0.3)
-def stateless_keeps_nothing(subject: Subject, case: Case) -> None:
-    router = subject.prepared(case)
-    stats = subject.route(router, case.batch(subject)).stats
-    if router.state_names() or stats:
-        raise Violation(f"declared is state=stateless; state: {sorted(router.state_names())}, stats: {sorted(stats)}")
-
-
-@book.rule(
-    "S16",
-    "A router that declares state learns: updates from crowded batches change it.",
-    why="A balancer whose update never arrives looks like one in every log but the load's.",
-    bug="People train DeepSeek code whose bias nobody updates: EfficientMoE#3, maxtext#2494 (T21, T22).",
-    requires=(STATE,),
-)
-def state_learns(subject: Subject, profile: Profile) -> None:
-    router = subject.build(subject.settings(num_experts=4, top_k=2))
-    before = _state(router)
-    if not before:
-        raise Violation(f"declared is state={router.capabilities.state}; state_names() is empty")
-    subject.warm_up(router, 3)
-    after = _state(router)
-    if all(torch.equal(after[name], value) for name, value in before.items()):
-        raise Violation(f"three updates, from batches that favour the early experts, left {sorted(before)} as it was")
-
-
-def _state(router: Router) -> dict[str, Tensor]:
+def state_bits(router: Router) -> dict[str, Tensor]:
     """A copy of the router's own state."""
     return {name: getattr(router, name).detach().clone() for name in router.state_names()}
-
-
-def _copied(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in stats.items()}
 
 
 def _twin(subject: Subject, router: Router) -> Router:
@@ -375,48 +230,13 @@ def _poison(router: Router) -> None:
         value.detach().fill_(7)
 
 
-def _expect_alike(subject: Subject, router: Router, other: Router, case: Case, *, when: str) -> None:
+def expect_alike(subject: Subject, router: Router, other: Router, case: Case, *, when: str) -> None:
     """Two routers give the same bits in training and eval, and have the same state, now and after an update."""
     batch = case.batch(subject)
-    expect_same_bits(_state(router), _state(other), when=when)
+    expect_same_bits(state_bits(router), state_bits(other), when=when)
     for training in (False, True):
         given, expected = (subject.route(each.train(training), batch) for each in (router, other))
         expect_same_bits(tensors_of(given), tensors_of(expected), when=when)
     for each in (router, other):
         subject.update(each, dict(subject.route(each, batch).stats))
-    expect_same_bits(_state(router), _state(other), when=f"{when}, and one more update")
-
-
-def _trained_layer(subject: Subject, *, evaluations: int) -> dict[str, Tensor]:
-    """State of a layer's router after two optimizer steps, with some evaluations before each and half-way."""
-    settings = subject.settings(num_experts=4, top_k=2)
-    with generators_kept():
-        torch.manual_seed(0)
-        layer = MoELayer(
-            subject.build(settings), hidden_size=subject.hidden_size, expert_size=2, loss_mode="inject"
-        ).double()
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        handle = attach(optimizer, layer)
-        generator = torch.Generator().manual_seed(0)
-        try:
-            for _ in range(2):
-                for _ in range(2):
-                    for _ in range(evaluations):
-                        layer.eval()
-                        layer(*_layer_input(subject, 0, torch.Generator().manual_seed(7)))
-                        layer.train()
-                    layer(*_layer_input(subject, 3, generator)).hidden.sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        except Exception as error:
-            raise Violation(f"training a MoELayer raised {blame(error)}") from error
-        finally:
-            handle.remove()
-        return _state(layer.router)
-
-
-def _layer_input(subject: Subject, shift: int, generator: torch.Generator) -> tuple[Tensor, object]:
-    """Hidden states that crowd on some experts, and their context; the layer adds its own hidden states."""
-    x_TD = torch.randn(9, subject.hidden_size, dtype=torch.float64, generator=generator) + shift
-    batch: Batch = make_batch(torch.zeros(9, 4), hidden_size=subject.hidden_size)
-    return x_TD, batch.with_context(hidden_TD=None).ctx
+    expect_same_bits(state_bits(router), state_bits(other), when=f"{when}, and one more update")

@@ -138,7 +138,7 @@ def learned_names_do_not_matter(subject: Subject, case: Case) -> None:
 def common_offset_does_not_matter(subject: Subject, case: Case) -> None:
     router, batch = subject.prepared(case), case.batch(subject)
     expected = weights_by_pair(subject.route(router, batch))
-    offset_T1 = 3.5 * torch.arange(1, batch.num_tokens + 1, dtype=torch.float64).unsqueeze(1)
+    offset_T1 = 3.5 * torch.arange(1, batch.num_tokens + 1, dtype=subject.precise).unsqueeze(1)
     for name, shifted_TE in (("added to", batch.logits_TE + offset_T1), ("taken from", batch.logits_TE - offset_T1)):
         got = weights_by_pair(subject.route(router, batch.with_logits(shifted_TE)))
         expect_same_pairs(got, expected, when=f"with 3.5 * (t + 1) {name} all logits of token t", rtol=TIGHT)
