@@ -41,8 +41,9 @@ lint: $(VENV)/.dev  ## Check style and formatting
 type: $(VENV)/.dev  ## Check types
 	$(BIN)/mypy
 
-docs: $(VENV)/.dev  ## Draw the generated parts of README.md from docs/benchmarks
+docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from docs/benchmarks and the rules
 	$(BIN)/python -m moerouters.lab.showcase render docs/benchmarks/compare-tiny.json README.md docs/images/compare-tiny.svg
+	$(BIN)/python -m moerouters_conformance.docs docs
 
 dist: $(VENV)/.dev  ## Build and check wheel and sdist of every distribution into dist/
 	rm -rf dist

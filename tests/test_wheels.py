@@ -130,3 +130,15 @@ def test_every_installed_router_routes(installed: Environment) -> None:
     assert set(ROUTERS) >= {"topk", "loss-controlled", "loss-free", "bip"}
     printed = installed.run("-c", ROUTE, *ROUTERS).stdout
     assert printed.splitlines() == [f"{name} 16 2" for name in ROUTERS]
+
+
+@pytest.mark.slow
+def test_a_generated_plugin_passes_the_suite_from_wheels(installed: Environment, tmp_path: Path) -> None:
+    """As its README says, word for word: write it, install it, run its three-line test file and the command."""
+    installed.script("moerouters", "new", "fresh-router", "--dir", tmp_path / "fresh")
+    run_here("-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path / "dist", tmp_path / "fresh")
+    installed.install(*(tmp_path / "dist").glob("*.whl"))
+    tested = installed.run("-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path / "fresh", timeout=600)
+    assert " passed" in tested.stdout and "failed" not in tested.stdout
+    checked = installed.script("moerouters", "check", "fresh-router", "--profile", "smoke")
+    assert "0 failed" in checked.stdout and " 0 errors" in checked.stdout

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from support.workspace import CORE, DISTRIBUTIONS, PLUGINS, ROOT, Distribution
+from support.workspace import CORE, DISTRIBUTIONS, PLUGINS, ROOT, SUITE, Distribution
 
 MAX_LINES = 400
 BINARY_SUFFIXES = {".png", ".gz", ".safetensors", ".npz"}
@@ -50,7 +50,7 @@ def test_the_plugins_of_the_repository_are_found() -> None:
 
 @each_distribution
 def test_names_agree(distribution: Distribution) -> None:
-    assert distribution is CORE or distribution.folder.name == distribution.name
+    assert distribution in (CORE, SUITE) or distribution.folder.name == distribution.name
     assert (distribution.package / "__init__.py").is_file()
 
 
@@ -123,8 +123,16 @@ def test_plugin_is_part_of_the_development_set_up(plugin: Distribution) -> None:
 def test_plugin_test_requirements_are_installed_for_development(plugin: Distribution) -> None:
     wanted = {Requirement(line).name for line in plugin.project["optional-dependencies"]["test"]}
     lines = requirement_lines(ROOT / "requirements-dev.txt")
-    assert "pytest" in wanted
-    assert wanted <= {Requirement(line).name for line in lines if not line.startswith("-e")}
+    assert {"pytest", SUITE.name} <= wanted  # every plugin proves its routers
+    assert wanted - {SUITE.name} <= {Requirement(line).name for line in lines if not line.startswith("-e")}
+    assert "@parametrize_with_checks([" in (plugin.folder / "tests" / "test_conformance.py").read_text(encoding="utf-8")
+
+
+def test_the_suite_knows_no_router_by_name() -> None:
+    """A rule that names a router is a rule that other authors' routers are not held to."""
+    names = re.compile(rf"\b(?:{'|'.join(n for d in DISTRIBUTIONS for n in d.routers if n != 'topk')})\b")
+    found = {path: names.search(path.read_text(encoding="utf-8")) for path in SUITE.package.rglob("*.py")}
+    assert not {path: match.group() for path, match in found.items() if match}
 
 
 def test_no_two_distributions_offer_the_same_router() -> None:
@@ -150,7 +158,8 @@ def test_the_version_stands_in_every_place_that_names_it() -> None:
 
 
 def test_the_core_imports_no_plugin() -> None:
-    statement = re.compile(r"^\s*(?:from|import) moerouters_\w+", re.MULTILINE)
+    """The command `check` is a door to the suite, which is no plugin."""
+    statement = re.compile(r"^\s*(?:from|import) moerouters_(?!conformance\b)\w+", re.MULTILINE)
     assert not [path for path in CORE.package.rglob("*.py") if statement.search(path.read_text(encoding="utf-8"))]
 
 

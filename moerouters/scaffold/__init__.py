@@ -1,6 +1,7 @@
 """`moerouters new`: a plugin distribution that installs, routes and passes the conformance suite as generated.
 
-The files lie in `template/`; `$name` and its like are filled in, and `__module__` in a path becomes the package.
+The files lie in `template/`; `$name` and its like are filled in. In a path `__module__` becomes the package, and
+`__dot__` a dot: tools that copy sources leave hidden files out.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def write_plugin(name: str, folder: Path) -> list[Path]:
     }
     written = []
     for source, relative in _templates(files(__name__) / "template", Path()):
-        target = Path(str(relative).replace("__module__", fields["module"]).removesuffix(_SUFFIX))
+        shown = str(relative).replace("__module__", fields["module"]).replace("__dot__", ".")
+        target = Path(shown.removesuffix(_SUFFIX))
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_text(Template(source.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
         written.append(target)

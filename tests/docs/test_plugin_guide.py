@@ -20,7 +20,7 @@ def test_a_reader_writes_installs_and_runs_a_balancer_from_the_guide(tmp_path: P
         target = (tmp_path if title == "train.py" else distribution) / title
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
-    environment.install(ROOT, distribution)
+    environment.install(ROOT, ROOT / "conformance", distribution)
 
     listing = environment.script("moerouters", "plugins").stdout
     assert re.search(r"share\s.*discovered", listing), listing
@@ -31,6 +31,10 @@ def test_a_reader_writes_installs_and_runs_a_balancer_from_the_guide(tmp_path: P
     printed = environment.run("train.py").stdout
     first, last = (float(found) for found in re.findall(r"= ([0-9.]+)", printed))
     assert last < 0.75 * first and last < 1.4, printed
+
+    checked = environment.script("moerouters", "check", "share", "--profile", "smoke").stdout
+    assert "0 failed" in checked and " 0 errors" in checked, checked
+    environment.run("-m", "pytest", "-p", "no:cacheprovider", distribution / "tests", "--conformance-profile", "smoke")
 
     small = ["--steps", "2", "--set", "hidden_size=24", "--set", "num_layers=1", "--output", str(tmp_path / "out")]
     environment.script("moerouters", "compare", "--routers", "topk,share", *small)

@@ -70,11 +70,12 @@ class RankPool:
     def alive(self) -> bool:
         return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
-    def close(self) -> None:
-        """End the processes, whatever they wait for."""
+    def close(self, *, patience_s: float = 0.0) -> None:
+        """End the processes: idle ones leave by themselves when their pipe closes, others are killed."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
+            process.join(patience_s)
             process.kill()
             process.join()
         self._pipes, self._processes = [], []
@@ -98,7 +99,7 @@ def rank_pool() -> RankPool:
 
 def _close() -> None:
     if _pool is not None:
-        _pool.close()
+        _pool.close(patience_s=5.0)
 
 
 def _serve(rank: int, folder: str, pipe: Connection) -> None:
