@@ -114,7 +114,19 @@ STOCK = (
 )  # fmt: skip
 
 
-EXPLANATIONS: dict[str, str] = {}
+EXPLANATIONS: dict[str, str] = {
+    "C07": "The class returns no counts, so a row with NaN is a token like any other and nobody is told.",
+    "C16": "Weights are handed out in the dtype of the logits: bfloat16 rounds them to 8 bits.",
+    "C19": "There is no way to hand ids in: replay and recompute route anew.",
+    "W09": "torch.topk orders equal scores as it likes, which depends on device and shape.",
+    "P01": "No padding mask reaches the router; padding is routed, and its experts run.",
+    "P02": "Padding takes part in everything that is counted, so what it holds matters.",
+    "P03": "As P02: each row of padding is a token more.",
+    "P04": "As P02, wherever padding stands.",
+    "P06": "The weights of padding are differentiated like any others.",
+    "P07": "NaN in padding comes back from the score function as NaN in the gate's gradient.",
+    "P08": "As P02, where T equals E or K.",
+}
 """Why a rule fails on stock routers, by its id; the page that shows the table needs one for each that does."""
 
 LARGEST = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 
@@ -13,12 +14,12 @@ from moerouters_conformance.case import Batch, Case, make_batch, warm_up_logits
 from moerouters_conformance.checks.state import book, expect_alike, learned, state_bits
 from moerouters_conformance.forall import forall
 from moerouters_conformance.profile import Profile
-from moerouters_conformance.readings import expect_same_bits
-from moerouters_conformance.requirements import STATE, STATELESS
+from moerouters_conformance.readings import expect_same_bits, shown
+from moerouters_conformance.requirements import ADDITIVE, NO_NOISE, STATE, STATELESS
 from moerouters_conformance.snapshots import generators_kept
 from moerouters_conformance.strategies import EXTREME, cases
 from moerouters_conformance.subject import Subject, blame
-from moerouters_conformance.violation import Violation
+from moerouters_conformance.violation import NotApplicable, Violation
 
 STATE_DTYPES = (torch.float32, torch.float64, torch.int64)
 
@@ -161,6 +162,64 @@ def state_learns(subject: Subject, profile: Profile) -> None:
     after = state_bits(router)
     if all(torch.equal(after[name], value) for name, value in before.items()):
         raise Violation(f"three updates, from batches that favour the early experts, left {sorted(before)} as it was")
+
+
+@book.rule(
+    "S17",
+    "Loads that differ by little are told apart also where they are large.",
+    why="At 2**24 tokens float32 stops to see single ones, at 2**8 bfloat16 does: the sign of a step flips or is lost.",
+    bug="bfloat16 counters flip the sign of the bias update: 41,216 for 40,840, Megatron-LM PR 7081 (T17).",
+    requires=(ADDITIVE, NO_NOISE),
+)
+def large_loads_are_told_apart(subject: Subject, profile: Profile) -> None:
+    E = 4
+    settings = subject.settings(num_experts=E, top_k=1)
+    # Loads of 2, 2, 3 and 1 upon equal loads that are multiplied; how far apart the state ends goes by the rule.
+    even = make_batch(torch.eye(E) * 4, hidden_size=subject.hidden_size)
+    uneven = make_batch(torch.eye(E)[[0, 0, 1, 1, 2, 2, 2, 3]] * 4, hidden_size=subject.hidden_size)
+    router = subject.build(settings).train()
+    base, extra = (dict(subject.route(router, batch).stats) for batch in (even, uneven))
+    if any(value.is_floating_point() for value in base.values()):
+        raise NotApplicable("needs stats that are whole numbers")
+
+    def after(power: int) -> dict[str, Tensor]:
+        """State after one update, with 2**power tokens more for every expert."""
+        learner = subject.build(settings).train()
+        subject.update(learner, {name: value * 2**power + extra[name] for name, value in base.items()})
+        return {name: value.double().reshape(-1) for name, value in state_bits(learner).items()}
+
+    few, more = after(6), after(10)
+    for name, early_E in more.items():
+        if _ranks(few[name]) != _ranks(early_E) or _ranks(after(2)[name]) != _ranks(early_E):
+            continue  # not an update that goes by differences of loads
+        for power in (14, 20, 26, 32):
+            if _fades(few[name], early_E, steps=(power - 10) / 4):
+                break
+            late_E = after(power)[name]
+            if _ranks(late_E) != _ranks(early_E):
+                raise Violation(
+                    f"{name} is {shown(late_E)} with 2**{power} tokens more for every expert, and "
+                    f"{shown(early_E)}, in another order, with 2**10 more"
+                )
+
+
+def _ranks(value_N: Tensor) -> list[int]:
+    """Per element how many are smaller."""
+    return (value_N.unsqueeze(0) < value_N.unsqueeze(1)).sum(dim=1).tolist()
+
+
+def _fades(few_N: Tensor, more_N: Tensor, *, steps: float) -> bool:
+    """Whether differences that shrink as they did from `few` to `more` fall below what float32 tells apart.
+
+    A share of the load does: its differences vanish beside the 1 that it is close to. A signed step does not.
+    """
+    spreads = [float(value.max() - value.min()) for value in (few_N, more_N)]
+    sizes = [float(value.abs().max()) for value in (few_N, more_N)]
+    if not spreads[0] or not sizes[0]:
+        return True
+    spread = spreads[1] * math.pow(spreads[1] / spreads[0], steps)
+    size = sizes[1] * math.pow(sizes[1] / sizes[0], steps)
+    return spread < 1e-6 * size
 
 
 def _copied(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from moerouters import Router
+from moerouters.gating import GatingSettings
 from moerouters_conformance.case import Batch, Case, make_batch, warm_up_logits
 from moerouters_conformance.forall import forall
+from moerouters_conformance.profile import Profile
 from moerouters_conformance.readings import (
     Pairs,
     expect_close,
@@ -22,7 +24,7 @@ from moerouters_conformance.readings import (
     state_of,
     weights_by_pair,
 )
-from moerouters_conformance.requirements import LOSSES, NO_NOISE, NO_TOKEN_IDS, STATE
+from moerouters_conformance.requirements import CAUSAL, LOSSES, NO_NOISE, NO_TOKEN_IDS, STATE
 from moerouters_conformance.rule import Group, Requirement, RuleBook
 from moerouters_conformance.strategies import distinct_cases, gatings
 from moerouters_conformance.subject import Subject
@@ -207,6 +209,38 @@ def sequence_names_do_not_matter(subject: Subject, case: Case) -> None:
     when = "with the sequences 0 and 1 called 3 and 1, of 5"
     expect_same_pairs(weights_by_pair(other), weights_by_pair(plain), when=when, rtol=TIGHT)
     _expect_same_losses(other.losses, plain.losses, when=when)
+
+
+@book.rule(
+    "Y10",
+    "One update learns for an expert what it learns for the same expert under another id, at 130 experts too.",
+    why="Remainders, bit masks and histograms are places where an id sneaks into what should go by load alone.",
+    bug="Id arithmetic that is right up to 64 or 256 experts: ms-swift PR 9981, prime-rl PR 3051 (T33).",
+    # A solver's thresholds may be tokens' own values, whose ties fall by id; Y04 looks at what it learns.
+    requires=(STATE, CAUSAL, NO_NOISE, NO_TOKEN_IDS, NO_PARAMETERS),
+)
+def updates_follow_names(subject: Subject, profile: Profile) -> None:
+    _names_follow_in_small(subject, profile)
+    # More experts than bits in a word, and unlike loads.
+    batch = make_batch(warm_up_logits(0, 130, tokens=40).double(), hidden_size=subject.hidden_size)
+    _expect_named_state(subject, subject.settings(num_experts=130, top_k=2), batch, where="with 130 experts")
+
+
+@forall(lambda subject: distinct_cases(subject, max_warm_up=0, training=True), share=0.5)
+def _names_follow_in_small(subject: Subject, case: Case) -> None:
+    _expect_named_state(subject, case.settings, case.batch(subject), where="with the experts reversed")
+
+
+def _expect_named_state(subject: Subject, settings: GatingSettings, batch: Batch, *, where: str) -> None:
+    """State per expert after an update on a batch, and on the same batch with the experts reversed, is reversed."""
+    E = settings.num_experts
+    order_E = torch.arange(E).flip(0)
+    router, other = subject.build(settings).train(), subject.build(settings).train()
+    _, expected = _learned_from(subject, router, batch.with_logits(batch.logits_TE.to(subject.precise)))
+    _, found = _learned_from(subject, other, batch.with_logits(batch.logits_TE[:, order_E].to(subject.precise)))
+    own = {name for name in router.state_names() if expected[name].shape[:1] == (E,)}
+    renamed = {name: found[name][order_E] for name in own}
+    expect_close(renamed, {name: expected[name] for name in own}, when=f"{where} and read back", rtol=1e-5, atol=1e-7)
 
 
 def _settled(subject: Subject) -> bool | None:

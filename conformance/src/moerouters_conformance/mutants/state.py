@@ -227,3 +227,12 @@ class ObservesForNothing(Plain):
 
     def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
         return {"load_E": routing.load_E}
+
+
+@mutant("S17")
+class ComparesInFloat32(Promiseless):
+    """Counts exactly, and compares with a mean in float32, which sees no single token from 2**24 on."""
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        load_E = stats["load_E"].to(torch.float32)
+        self.expert_bias_E.add_((load_E.mean() - load_E).sign(), alpha=self.rate)

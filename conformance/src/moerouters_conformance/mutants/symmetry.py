@@ -142,3 +142,25 @@ class TiltsSequences(Plain):
             return scores_TE
         own_TE = ctx.sequence_ids_T.unsqueeze(1) % scores_TE.shape[1] == torch.arange(scores_TE.shape[1])
         return scores_TE + 0.3 * own_TE
+
+
+@mutant("Y10")
+class RemainderToTheFirst(Learner):
+    """Expects one token more from the first experts where tokens do not divide evenly."""
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        load_E = stats["load_E"]
+        E = load_E.shape[0]
+        wanted_E = load_E.sum() // E + (torch.arange(E) < load_E.sum() % E)
+        self.expert_bias_E.add_((wanted_E - load_E).sign().to(torch.float32), alpha=self.rate)
+
+
+@mutant("Y10")
+class SixtyFourBits(Learner):
+    """Counts experts by the bits of one word, where expert 64 is expert 0."""
+
+    def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        E = self.gating.num_experts
+        words_E = torch.arange(E) % 64
+        load_E = torch.zeros(E, dtype=torch.int64).index_add(0, words_E, routing.load_E)
+        return {"load_E": torch.where(torch.arange(E) < 64, load_E, 0)}
