@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from moerouters import AssignmentKind, StateAlgebra
 from moerouters.capabilities import CompileSupport
 from moerouters_conformance.rule import Requirement
@@ -24,3 +26,6 @@ NO_TOKEN_IDS = Requirement(
     text="experts without identities (this one looks at token ids)", holds=lambda s: not s.hashes_tokens
 )
 LOSSES = Requirement(text="an auxiliary loss", holds=lambda s: s.has_losses)
+FLOAT64 = Requirement(
+    text="float64 logits, in which sums of near ties are told apart", holds=lambda s: s.precise == torch.float64
+)

@@ -23,7 +23,7 @@ from moerouters_conformance.readings import (
     experts_by_token,
     weights_by_pair,
 )
-from moerouters_conformance.requirements import FIXED_SLOTS, FOLLOWS_SCORES
+from moerouters_conformance.requirements import FIXED_SLOTS, FLOAT64, FOLLOWS_SCORES
 from moerouters_conformance.rule import Group, RuleBook
 from moerouters_conformance.strategies import EXTREME, cases, distinct_cases, gatings
 from moerouters_conformance.subject import FAMILIES, Subject
@@ -167,7 +167,7 @@ def groups_are_kept(subject: Subject, case: Case) -> None:
     "Groups are kept where every adjusted score is negative.",
     why="A mask filled with 0.0 beats negative scores: closed experts win, and tokens leave their groups.",
     bug="Group mask of 0.0 instead of -inf: transformers#45440, sglang PR 3705, DeepSeek-V3#741 (T20).",
-    requires=(FIXED_SLOTS, FOLLOWS_SCORES),
+    requires=(FLOAT64, FIXED_SLOTS, FOLLOWS_SCORES),
 )
 @forall(
     lambda subject: distinct_cases(subject, training=False, max_warm_up=0, settings=_grouped(subject, BELOW_ZERO)).map(
@@ -248,7 +248,7 @@ def cap_comes_before_scores(subject: Subject, case: Case) -> None:
     "Before it has learned anything, in eval, the kept groups are those of the highest group score.",
     why="DeepSeek-V2 ranks groups by their best expert, V3 by the sum of the best two; mixed up, tokens go elsewhere.",
     bug="Group-limited choices that differ from the model's: transformers PR 45441, flashinfer#2168 (T20).",
-    requires=(FIXED_SLOTS, FOLLOWS_SCORES),
+    requires=(FLOAT64, FIXED_SLOTS, FOLLOWS_SCORES),
 )
 @forall(lambda subject: distinct_cases(subject, training=False, max_warm_up=0, settings=_grouped(subject)))
 def kept_groups_are_the_best(subject: Subject, case: Case) -> None:
