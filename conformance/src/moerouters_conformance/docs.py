@@ -140,7 +140,7 @@ def _order(rule_id: str) -> int:
 
 def _plain(value: object) -> str:
     match value:
-        case None | {}:
+        case None:
             return "-"
         case bool():
             return "yes" if value else "no"
