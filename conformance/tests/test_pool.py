@@ -54,7 +54,7 @@ def test_a_rank_that_dies_is_named() -> None:
 
 
 def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    rank_pool()
+    rank_pool().run(total, 1)
     monkeypatch.setattr(pool, "TIMEOUT_S", 2.0)
     with pytest.raises(Violation, match=r"ranks \[0\] did not come back within 2 s"):
         rank_pool().run(hangs)
