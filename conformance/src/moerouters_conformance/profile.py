@@ -33,7 +33,7 @@ class Profile:
     """Sequences of batches per balance property."""
     costs: frozenset[Cost]
     random: bool = False
-    """False: the same examples in every run of one hypothesis version, so a green run stays green."""
+    """False: the same examples wherever one version of hypothesis runs, so what is green stays green."""
     shrink: bool = True
     """Whether to look for the smallest input that fails, once one does."""
 
