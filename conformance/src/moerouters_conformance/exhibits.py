@@ -25,6 +25,7 @@ from moerouters import Assignment, AssignmentKind, Capabilities, Gating, RouteCo
 from moerouters.errors import ConfigError, UnsupportedError
 from moerouters.kernels.counts import count_experts
 from moerouters.registry import API_VERSION
+from moerouters_conformance.profile import Profile
 from moerouters_conformance.report import Report
 from moerouters_conformance.runner import check_router
 
@@ -205,7 +206,7 @@ class Exhibition(BaseModel):
     reports: dict[str, Report]
 
 
-def exhibit(profile: str = "default") -> Exhibition:
+def exhibit(profile: str | Profile = "default") -> Exhibition:
     """Run the suite on every stock class."""
     reports = {stock.label: check_router(spec_of(stock), profile=profile, keep_going=True) for stock in STOCK}
     return Exhibition(transformers=version("transformers"), reports=reports)

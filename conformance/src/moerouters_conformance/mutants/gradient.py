@@ -102,13 +102,22 @@ class BiasAsParameter(Learner):
 
 @mutant("G05")
 class MasksInForwardOnly(Plain):
-    """Masks the weight of an empty place in forward, and feels it in backward."""
+    """Leaves out experts far below a token's best, masks their weight in forward, and feels it in backward."""
+
+    def select(self, adjusted_TE: Tensor, ctx: RouteContext) -> Selection:
+        ids_TK = super().select(adjusted_TE, ctx).expert_ids
+        chosen_TK = adjusted_TE.gather(1, ids_TK.clamp(max=self.gating.num_experts - 1))
+        best_T1 = chosen_TK[:, :1]
+        return Selection.slots(torch.where(chosen_TK < best_T1 - 0.1 * best_T1.abs(), self.gating.num_experts, ids_TK))
 
     def _route(self, raw_TE: Tensor, ctx: RouteContext) -> Assignment:
         assignment = super()._route(raw_TE, ctx)
-        sums_T1 = torch.where(torch.isfinite(raw_TE), raw_TE, 0.0).sum(dim=1, keepdim=True).to(assignment.weights.dtype)
-        empty_TK = assignment.expert_ids == assignment.num_experts
+        real_T1 = torch.isfinite(raw_TE).all(dim=1, keepdim=True)
+        if ctx.valid_T is not None:
+            real_T1 = real_T1 & ctx.valid_T.unsqueeze(1)
+        sums_T1 = torch.where(real_T1, raw_TE, 0.0).sum(dim=1, keepdim=True).to(assignment.weights.dtype)
         leaking_TK = straight(assignment.weights, sums_T1.expand_as(assignment.weights))
+        empty_TK = (assignment.expert_ids == assignment.num_experts) & real_T1
         return swap(assignment, weights=torch.where(empty_TK, leaking_TK, assignment.weights))
 
 
