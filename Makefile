@@ -61,9 +61,9 @@ $(BIN)/python:
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.compare: pyproject.toml constraints.txt $(PLUGINS) | $(BIN)/python
+$(VENV)/.compare: pyproject.toml constraints.txt $(SUITE) $(PLUGINS) | $(BIN)/python
 	@echo "Installing into $(VENV), which takes some minutes the first time."
-	$(PIP_INSTALL) -e '.[lab]' $(addprefix -e ,$(PLUGIN_FOLDERS))
+	$(PIP_INSTALL) -e '.[lab]' -e ./conformance $(addprefix -e ,$(PLUGIN_FOLDERS))
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt requirements-dev.txt $(SUITE) $(PLUGINS) | $(BIN)/python

@@ -18,7 +18,7 @@ def capabilities_of(config: BipConfig) -> Capabilities:
     """What a router with this config promises.
 
     The bound on balance is twice the worst MaxVio of 112 histories (8 and 16 experts, 256 tokens, softmax and sigmoid;
-    0.12). Fewer iterations reach 0.27 in the first step, and the published variant 0.30: for them no bound is declared.
+    0.12). A single iteration leaves 0.27 in the first step, and the published variant 0.30: no bound for fewer than 4.
     """
     bounded = config.variant == "centred" and config.iterations >= 4
     return Capabilities(
