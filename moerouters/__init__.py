@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moerouters.registry import API_VERSION, RouterConfig, RouterSpec, available, build, hookimpl, info
     from moerouters.router import Router
     from moerouters.router_state import load_router_state, save_router_state
+    from moerouters.swapping import SwapRecord, swap, unswap
     from moerouters.trace import RoutingTrace, record, replay
     from moerouters.types import Assignment, RouteContext, Routing, Selection
 
@@ -41,6 +42,7 @@ _HOMES = {
     "RoutingTrace": "trace",
     "Selection": "types",
     "StateAlgebra": "capabilities",
+    "SwapRecord": "swapping",
     "attach": "handle",
     "available": "registry",
     "build": "registry",
@@ -51,6 +53,8 @@ _HOMES = {
     "record": "trace",
     "replay": "trace",
     "save_router_state": "router_state",
+    "swap": "swapping",
+    "unswap": "swapping",
 }
 
 __all__ = [
@@ -71,6 +75,7 @@ __all__ = [
     "RoutingTrace",
     "Selection",
     "StateAlgebra",
+    "SwapRecord",
     "attach",
     "available",
     "build",
@@ -81,6 +86,8 @@ __all__ = [
     "record",
     "replay",
     "save_router_state",
+    "swap",
+    "unswap",
 ]
 
 

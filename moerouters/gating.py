@@ -178,6 +178,10 @@ class Gating(StatefulModule):
         # Not the smallest float: 1 / 1e-38 times a GradScaler's 65536 overflows in backward, and inf * 0 is NaN.
         return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
+    def corrected(self, scores_TE: Tensor) -> Tensor:
+        """[T, E] scores that selection starts from: with the model's own correction bias, if it has one."""
+        return scores_TE + self.correction_bias_E if self.settings.correction_bias else scores_TE
+
     def limit(self, adjusted_TE: Tensor) -> Tensor:
         """Set the experts outside a token's kept groups to -inf: 0.0 would win over negative biased scores."""
         s = self.settings

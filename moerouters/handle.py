@@ -48,7 +48,14 @@ def attach(
             fix="pass the model that holds the MoE layers, and the optimizers that train it",
         )
     if loss_mode is not None:
-        for layer in layers.values():
+        for name, layer in layers.items():
+            if loss_mode not in layer.loss_modes:
+                raise ConfigError(
+                    f"layer '{name}' cannot have loss_mode={loss_mode!r}.",
+                    where=type(layer).__name__,
+                    why="a swapped router returns what the stock one returns, and has no place to hand losses out",
+                    fix="leave loss_mode out: its losses are injected into the backward pass",
+                )
             layer.loss_mode = loss_mode
     modes = {layer.loss_mode for layer in layers.values()}
     if len(modes) > 1:
@@ -133,6 +140,7 @@ class Handle:
             observed = {key.removeprefix("stats."): v for key, v in sums[name].items() if key.startswith("stats.")}
             if layer.router.capabilities.state is not StateAlgebra.STATELESS and name in learning:
                 layer.router.update(observed)
+                layer.learned()
             self.loads[name] = sums[name]["load_E"]
             self.dropped[name] = sums[name]["dropped"]
             layer.running.clear()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_GOLDEN_32 = 0x9E3779B1
+"""For element indices: inductor multiplies it by strides at compile time, and 64 bits overflow there."""
 _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 
@@ -22,7 +24,7 @@ def uniform_noise(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     for part in key.unbind():
         state = _mix(state + part * _GOLDEN)
     index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
-    bits = _shift_right(_mix(state + index * _GOLDEN), 41)
+    bits = _shift_right(_mix(state + index * _GOLDEN_32), 41)
     # 23 bits, centred in their cell: never 0 or 1, so logarithms of the noise stay finite.
     return (bits.to(torch.float32) + 0.5) * 2.0**-23
 

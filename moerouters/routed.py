@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class RunningStats:
 class RoutedModule(nn.Module):
     """A module with a `router`, its running stats, and one way for its losses to reach the graph."""
 
+    loss_modes: ClassVar[frozenset[LossMode]] = frozenset({"collect", "inject"})
+    """Those it can be given."""
     router: Router
     loss_mode: LossMode
     running: RunningStats
@@ -133,6 +135,9 @@ class RoutedModule(nn.Module):
         # What goes out is for the log only: a second path into the graph would count the loss twice.
         shown = {name: loss.detach() for name, loss in assignment.losses.items()}
         return replace(assignment, weights=weights, losses=shown)
+
+    def learned(self) -> None:
+        """Called after `router.update`: a subclass may publish what the router learned."""
 
     @property
     def losses_per_pass(self) -> int:

@@ -150,8 +150,7 @@ class Router(StatefulModule):
         )
 
     def _adjusted(self, scores_TE: Tensor, ctx: RouteContext) -> tuple[Tensor | None, Tensor]:
-        if self.gating.settings.correction_bias:
-            scores_TE = scores_TE + self.gating.correction_bias_E
+        scores_TE = self.gating.corrected(scores_TE)
         bias_E = self.bias_E(scores_TE, ctx)
         return bias_E, self.adjust(scores_TE if bias_E is None else scores_TE + bias_E, ctx)
 

@@ -10,7 +10,7 @@ from moerouters.noise import normal_noise, uniform_noise
 
 KEY = torch.tensor([1, 2, 3, 4])
 SHAPE = (400, 64)
-PINNED = [0.5258786082267761, 0.4996522068977356, 0.40545231103897095]
+PINNED = [0.5258786082267761, 0.4561060070991516, 0.5985481142997742]
 
 
 def keys() -> list[Tensor]:

@@ -13,6 +13,9 @@ from moerouters.errors import ConfigError, MoeroutersError, RouterNotFound, Rout
 COMMANDS = {
     "check": "Prove a router right, or show the smallest input that breaks it.",
     "compare": "Train one small model under each router and compare.",
+    "inspect": "Show the routers of a model, and whether they can be swapped.",
+    "trace": "Record the router logits of a model on a text.",
+    "replay": "Compare routers on recorded logits, without the model.",
     "plugins": "List the installed routers without importing them.",
     "info": "Show what one router promises, and its settings.",
     "new": "Write a router plugin that installs and passes the suite.",

@@ -1,0 +1,65 @@
+"""Count where a model's own routers send the tokens of a text: nothing is swapped, refused routers count as well."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moerouters.kernels.counts import count_experts
+from moerouters.metrics import dead_experts, load_cv, max_violation, min_violation
+from moerouters.swapping.adapters import adapter_for
+from moerouters.swapping.find import Found, find
+from moerouters.swapping.inspection import LayerLoad, TextLoads, layer_number
+from moerouters.swapping.sources import OpenModel
+from moerouters.swapping.text import Text, run_over
+from moerouters.swapping.understand import NotUnderstood
+
+
+def loads_on(opened: OpenModel, text: Text) -> TextLoads:
+    """Run the model over the text and count the expert ids that its routers hand out."""
+    counter = _Counter()
+    hooks = [found.module.register_forward_hook(partial(counter, found)) for found in find(opened.model)]
+    try:
+        run_over(opened, text)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return TextLoads(
+        text=text.name,
+        sha256=text.sha256,
+        tokens=text.ids_T.numel(),
+        tokenizer=text.tokenizer,
+        layers=tuple(_layer(name, load_E.cpu()) for name, load_E in counter.loads.items()),
+        left_out=counter.left_out,
+    )
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.loads: dict[str, Tensor] = {}
+        self.left_out: dict[str, str] = {}
+
+    def __call__(self, found: Found, module: nn.Module, args: Any, returned: Any) -> None:
+        try:
+            results = adapter_for(module).results(returned)
+        except NotUnderstood as problem:
+            self.left_out[found.name] = str(problem)
+            return
+        logits_TE, ids_TK = results[0], results[-1]
+        load_E = count_experts(ids_TK.long(), logits_TE.shape[-1])
+        self.loads[found.name] = self.loads.get(found.name, torch.zeros_like(load_E)) + load_E
+
+
+def _layer(name: str, load_E: Tensor) -> LayerLoad:
+    return LayerLoad(
+        name=name,
+        layer=layer_number(name),
+        load=tuple(load_E.tolist()),
+        max_vio=float(max_violation(load_E)),
+        min_vio=float(min_violation(load_E)),
+        dead_experts=int(dead_experts(load_E)),
+        cv=float(load_cv(load_E)),
+    )

@@ -1,0 +1,61 @@
+"""What keeps a router from being swapped although it was understood: forwards that are never called, tensors that are
+no plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from moerouters.errors import UnsupportedError
+from moerouters.swapping.stock import Stock
+
+
+@contextmanager
+def need_transformers() -> Iterator[None]:
+    """Imports inside get an error that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(
+            "this needs Hugging Face transformers.", why=str(error), fix="pip install 'moerouters[hf]'"
+        ) from error
+
+
+def expect_supported_transformers() -> None:
+    """Raise UnsupportedError for transformers 4, whose routers have no common form."""
+    with need_transformers():
+        installed = version("transformers")  # PackageNotFoundError is an ImportError
+    if int(installed.split(".")[0]) < 5:
+        raise UnsupportedError(
+            f"transformers {installed} is too old for swapping routers.",
+            why="before 5.0 most of its models route inside the MoE block, without a router module",
+            fix="pip install 'transformers>=5.21.1'",
+        )
+
+
+def obstacle(model: nn.Module, stock: Stock) -> str | None:
+    """Why this router must not be swapped, or None."""
+    module = stock.module
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (accelerate's device_map does that); load without device_map"
+    if hasattr(module, "base_layer"):
+        return "it is wrapped by PEFT; leave the router out of target_modules and target_parameters, or swap first"
+    if getattr(model, "use_kernels", False) and _names_a_kernel(module, stock.block):
+        return "use_kernels=True replaces its forward, or that of the block around it, by a kernel; load without it"
+    for name in stock.own_names():
+        tensor = stock(name)
+        if tensor.is_meta:
+            return f"`{name}` is on the meta device, so nothing can be proven; load the weights first"
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            return f"`{name}` is a {type(tensor).__name__}; swap before sharding or quantising"
+        if tensor.dim() == 2 and not tensor.is_floating_point():
+            return f"`{name}` is quantised to {tensor.dtype}; leave the router out of quantisation"
+    return None
+
+
+def _names_a_kernel(*modules: nn.Module) -> bool:
+    return any(hasattr(type(module), "kernel_layer_name") for module in modules)
