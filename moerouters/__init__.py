@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from moerouters.router import Router
     from moerouters.router_state import load_router_state, save_router_state
     from moerouters.swapping import SwapRecord, swap, unswap
-    from moerouters.trace import RoutingTrace, record, replay
+    from moerouters.tape import Tape, record, replay
+    from moerouters.trace import RoutingTrace
     from moerouters.types import Assignment, RouteContext, Routing, Selection
 
 logging.getLogger("moerouters").addHandler(logging.NullHandler())
@@ -43,6 +44,7 @@ _HOMES = {
     "Selection": "types",
     "StateAlgebra": "capabilities",
     "SwapRecord": "swapping",
+    "Tape": "tape",
     "attach": "handle",
     "available": "registry",
     "build": "registry",
@@ -50,8 +52,8 @@ _HOMES = {
     "info": "registry",
     "limit_capacity": "capacity",
     "load_router_state": "router_state",
-    "record": "trace",
-    "replay": "trace",
+    "record": "tape",
+    "replay": "tape",
     "save_router_state": "router_state",
     "swap": "swapping",
     "unswap": "swapping",
@@ -76,6 +78,7 @@ __all__ = [
     "Selection",
     "StateAlgebra",
     "SwapRecord",
+    "Tape",
     "attach",
     "available",
     "build",

@@ -85,7 +85,7 @@ class MoELayer(RoutedModule):
         ctx = _with_layer_context(ctx, x, x_TD)
 
         logits_TE = self._logits(x_TD, ctx.valid_T)
-        assignment = self.router(logits_TE, ctx)
+        assignment = self._assign(logits_TE, ctx)
         if self.capacity_factor is not None:
             assignment = limit_capacity(assignment, self._capacity(x_TD.shape[0]), self.drop_policy)
         assignment = self._account(assignment)

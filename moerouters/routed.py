@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moerouters.kernels.accumulate import accumulate_
 from moerouters.losses import LossMode, collect_loss, inject_losses
 from moerouters.router import Router
+from moerouters.trace import LayerTape
 from moerouters.types import Assignment, RouteContext
 
 
@@ -92,6 +93,8 @@ class RoutedModule(nn.Module):
     router: Router
     loss_mode: LossMode
     running: RunningStats
+    tape: LayerTape | None = None
+    """Set for the length of `record` or `replay`."""
 
     def _set_router(self, router: Router, *, hidden_size: int, loss_mode: LossMode) -> None:
         self.router = router
@@ -116,6 +119,15 @@ class RoutedModule(nn.Module):
         with torch.no_grad():
             assignment: Assignment = self.router(torch.zeros(0, self.router.gating.num_experts, device=device), ctx)
         self.router.train(was_training)
+        return assignment
+
+    def _assign(self, logits_TE: Tensor, ctx: RouteContext) -> Assignment:
+        """The router's choice, or that of the tape which is replayed; written down if one records."""
+        if self.tape is None:
+            return self.router(logits_TE, ctx)  # type: ignore[no-any-return]
+        ctx = self.tape.context(ctx, num_tokens=logits_TE.shape[0], device=logits_TE.device)
+        assignment: Assignment = self.router(logits_TE, ctx)
+        self.tape.write(assignment, ctx.num_sequences)
         return assignment
 
     def _account(self, assignment: Assignment) -> Assignment:

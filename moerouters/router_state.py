@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moerouters.errors import TraceError
+from moerouters.routed import RoutedModule
 from moerouters.router import Router
+from moerouters.trace import read_tensors
 
 _SCHEMA = "moerouters.router_state/1"
 
 
 def save_router_state(model: nn.Module, path: str | Path) -> None:
-    """Write the state buffers of every Router in `model`, under their module names."""
+    """Write what every Router in `model` has learned, buffers and parameters, under their module names."""
     state = {name: value.detach().cpu().contiguous() for name, value in _state(model).items()}
     save_file(state, path, metadata={"schema": _SCHEMA})
 
@@ -26,14 +27,7 @@ def load_router_state(model: nn.Module, path: str | Path) -> None:
     Raises TraceError, before anything is written, if the file is no router state or names and shapes do not match
     exactly: a router that silently starts from zero is a different experiment.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            schema = (file.metadata() or {}).get("schema")
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
-    except (OSError, SafetensorError) as error:
-        raise TraceError(f"cannot read router state from '{path}'.", why=str(error), fix="pass a saved file") from error
-    if schema != _SCHEMA:
-        raise TraceError(f"'{path}' is no router state.", why=f"its schema is {schema!r}", fix="see save_router_state")
+    saved, _ = read_tensors(path, schema=_SCHEMA, what="router state", fix="pass a file that save_router_state wrote")
     own = _state(model)
     differing = sorted(
         name for name in own.keys() | saved.keys()
@@ -48,12 +42,19 @@ def load_router_state(model: nn.Module, path: str | Path) -> None:
         )
     for name, value in saved.items():
         own[name].copy_(value)
+    for module in model.modules():
+        if isinstance(module, RoutedModule):
+            module.learned()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}" if prefix else name: module.get_buffer(name)
-        for prefix, module in model.named_modules()
-        if isinstance(module, Router)
-        for name in module.state_names()
-    }
+    """State buffers and parameters of all routers, and the gatings' correction biases."""
+    found: dict[str, Tensor] = {}
+    for prefix, router in model.named_modules():
+        if isinstance(router, Router):
+            start = f"{prefix}." if prefix else ""
+            found |= {f"{start}{name}": router.get_buffer(name) for name in router.state_names()}
+            found |= {f"{start}{name}": parameter.detach() for name, parameter in router.named_parameters()}
+            gating = router.gating
+            found |= {f"{start}gating.{name}": gating.get_buffer(name) for name in gating.state_names()}
+    return found

@@ -7,7 +7,7 @@ repeated. A trace is a safetensors file of small integers, never a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
 from moerouters.errors import TraceError
+from moerouters.kernels.accumulate import inside_backward
 from moerouters.types import Assignment, RouteContext
 
 _SCHEMA = "moerouters.trace/1"
@@ -39,28 +40,34 @@ class RoutingTrace:
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
         """Read what `save` wrote; raises TraceError for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                ids = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
-        except (OSError, SafetensorError) as error:
-            raise TraceError(f"cannot read the trace '{path}'.", why=str(error), fix="pass a saved trace") from error
-        if meta.get("schema") != _SCHEMA:
-            raise TraceError(
-                f"'{path}' is no routing trace.",
-                why=f"its schema is {meta.get('schema')!r}, expected {_SCHEMA!r}",
-                fix="pass a file that RoutingTrace.save wrote",
-            )
+        ids, meta = read_tensors(
+            path, schema=_SCHEMA, what="routing trace", fix="pass a file that RoutingTrace.save wrote"
+        )
         return cls(expert_ids=ids, num_experts=json.loads(meta["num_experts"]))
 
 
-def record(assignments: Mapping[str, Assignment]) -> RoutingTrace:
+def read_tensors(path: str | Path, *, schema: str, what: str, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file with just this schema; raises TraceError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"cannot read the {what} '{path}'.", why=str(error), fix=fix) from error
+    if metadata.get("schema") != schema:
+        raise TraceError(
+            f"'{path}' is no {what}.", why=f"its schema is {metadata.get('schema')!r}, expected {schema!r}", fix=fix
+        )
+    return tensors, metadata
+
+
+def keep(assignments: Mapping[str, Assignment]) -> RoutingTrace:
     """Keep the ids of each layer's assignment, pairs as slots; a place that a capacity limit emptied stays empty."""
-    ids = {name: _smallest(_slot_ids(a).cpu(), a.num_experts) for name, a in assignments.items()}
+    ids = {name: smallest(_slot_ids(a).cpu(), a.num_experts) for name, a in assignments.items()}
     return RoutingTrace(expert_ids=ids, num_experts={name: a.num_experts for name, a in assignments.items()})
 
 
-def replay(
+def force(
     trace: RoutingTrace,
     layer: str,
     *,
@@ -87,9 +94,51 @@ def _slot_ids(assignment: Assignment) -> Tensor:
     return assignment.with_slots(max(widest, 1))[0]
 
 
-def _smallest(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """uint8 overflows at 256 experts, a bug that three frameworks shipped: the dtype follows from E itself."""
-    for dtype in (torch.uint8, torch.int16, torch.int32):
+def smallest(ids: Tensor, num_experts: int) -> Tensor:
+    """ids as int16, or int32 where the id E does not fit: uint8 overflows at 256, which three frameworks shipped."""
+    for dtype in (torch.int16, torch.int32):
         if num_experts <= torch.iinfo(dtype).max:
-            return ids_TK.to(dtype)
-    return ids_TK
+            return ids.to(dtype)
+    return ids
+
+
+class LayerTape:
+    """What one layer writes down, or reads, pass by pass. Given ids, it plays them; else it records."""
+
+    def __init__(self, layer: str, ids: Sequence[Tensor] | None = None) -> None:
+        self.ids: list[Tensor] = [] if ids is None else list(ids)
+        self._layer = layer
+        self._plays = ids is not None
+        self._passes = 0
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a list grows; recomputation is asked for at run time
+    def write(self, assignment: Assignment, num_sequences: int | None) -> None:
+        """Keep the ids of a pass, [B, S, K] if it had B sequences; those of a recomputation were kept before."""
+        if self._plays or inside_backward():
+            return
+        ids_TK = _slot_ids(assignment).detach()
+        B = num_sequences or 0
+        self.ids.append(ids_TK.reshape(B, -1, ids_TK.shape[1]) if B and ids_TK.shape[0] % B == 0 else ids_TK)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def context(self, ctx: RouteContext, *, num_tokens: int, device: torch.device) -> RouteContext:
+        """ctx with the ids of the next pass, or of the latest one in a recomputation."""
+        if not self._plays:
+            return ctx
+        if not inside_backward():
+            self._passes += 1
+        if self._passes > len(self.ids):
+            raise TraceError(
+                f"layer '{self._layer}' runs for the {self._passes}th time, but the tape has {len(self.ids)} passes.",
+                why="each pass takes the ids of one that was recorded",
+                fix="replay as many passes as were recorded; tape.joined() makes one of a rollout's",
+            )
+        ids = self.ids[self._passes - 1]
+        if ids.numel() != num_tokens * ids.shape[-1]:
+            raise TraceError(
+                f"layer '{self._layer}' routes {num_tokens} tokens, and the tape has ids for {ids.shape[:-1].numel()}.",
+                where=f"pass {self._passes} of shape {list(ids.shape)}",
+                why="every token needs the ids that were recorded for it",
+                fix="replay the batch that was recorded; the last token of a rollout was never routed",
+            )
+        return replace(ctx, forced_ids_TK=ids.reshape(num_tokens, -1).to(device=device, dtype=torch.int64))

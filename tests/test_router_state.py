@@ -58,7 +58,7 @@ def test_a_model_that_does_not_fit_is_left_alone(other: tuple[int, ...], named: 
 
 
 def test_files_that_hold_no_router_state(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="cannot read router state from"):
+    with pytest.raises(TraceError, match="cannot read the router state"):
         load_router_state(balanced(), tmp_path / "missing")
     save_file({"b_E": torch.zeros(4)}, tmp_path / "other")
     with pytest.raises(TraceError, match="is no router state"):

@@ -1,4 +1,4 @@
-"""What `moerouters inspect` writes beside its table: the load of every expert as a picture, and a page with everything."""
+"""What `moerouters inspect` writes beside its table: the load of every expert as a picture, and a page."""
 
 from __future__ import annotations
 

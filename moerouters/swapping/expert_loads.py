@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moerouters.kernels.counts import count_experts
 from moerouters.metrics import dead_experts, load_cv, max_violation, min_violation
 from moerouters.swapping.adapters import adapter_for
 from moerouters.swapping.find import Found, find
@@ -19,7 +18,7 @@ from moerouters.swapping.understand import NotUnderstood
 
 
 def loads_on(opened: OpenModel, text: Text) -> TextLoads:
-    """Run the model over the text and count the expert ids that its routers hand out."""
+    """Run the model over the text and count where its routers send them."""
     counter = _Counter()
     hooks = [found.module.register_forward_hook(partial(counter, found)) for found in find(opened.model)]
     try:
@@ -44,12 +43,10 @@ class _Counter:
 
     def __call__(self, found: Found, module: nn.Module, args: Any, returned: Any) -> None:
         try:
-            results = adapter_for(module).results(returned)
+            load_E = adapter_for(module).load_E(found.stock, returned)
         except NotUnderstood as problem:
             self.left_out[found.name] = str(problem)
             return
-        logits_TE, ids_TK = results[0], results[-1]
-        load_E = count_experts(ids_TK.long(), logits_TE.shape[-1])
         self.loads[found.name] = self.loads.get(found.name, torch.zeros_like(load_E)) + load_E
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moerouters.autocast import no_autocast
 from moerouters.gating import Gating, GatingSettings, take_along_experts
-from moerouters.swapping.reading import Cap, Cast, Dtype, Groups, Norm, Normalize, Over, Reading, Scaled, Step, Times
+from moerouters.swapping.reading import Dtype, Groups, Norm, Normalize, Over, Reading, Step, Times
 
 Tensors = Callable[[str], Tensor]
 """From a name inside the stock router to its tensor."""
@@ -25,7 +25,7 @@ def project(reading: Reading, hidden_TD: Tensor, tensors: Tensors) -> Tensor:
     else:
         with no_autocast(hidden_TD.device):
             logits_TE = _product(reading, hidden_TD, tensors)
-    return run(reading.before, logits_TE, own=logits_TE.dtype)
+    return run(reading.before, logits_TE, own=logits_TE.dtype) if reading.before else logits_TE
 
 
 def _product(reading: Reading, hidden_TD: Tensor, tensors: Tensors) -> Tensor:
@@ -34,30 +34,37 @@ def _product(reading: Reading, hidden_TD: Tensor, tensors: Tensors) -> Tensor:
     bias_E = None if projection.bias is None else tensors(projection.bias)
     if projection.dtype == "float32":
         bias_E = None if bias_E is None else bias_E.to(torch.float32)
-        return F.linear(hidden_TD.to(torch.float32), weight_ED.to(torch.float32), bias_E)
-    return F.linear(hidden_TD.to(weight_ED.dtype), weight_ED, bias_E)
+        return F.linear(cast(hidden_TD, torch.float32), cast(weight_ED, torch.float32), bias_E)
+    return F.linear(cast(hidden_TD, weight_ED.dtype), weight_ED, bias_E)
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """values.to(dtype), without the microsecond that it takes to change nothing: a decoded token meets ten casts."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def run(steps: Sequence[Step], values: Tensor, *, own: torch.dtype) -> Tensor:
-    """Do the steps of a Reading in their order."""
+    """Do the steps of a Reading in their order.
+
+    Told apart by `kind`: isinstance of a pydantic model takes a microsecond, which is felt at one token.
+    """
     for step in steps:
-        match step:
-            case Cast():
-                values = values.to(torch.float32 if step.to == "float32" else own)
-            case Times():
-                values = values * step.factor
-            case Over():
-                values = values / step.divisor
-            case Cap():
-                values = torch.tanh(values / step.cap) * step.cap
-            case Normalize():
-                total = values.sum(dim=-1, keepdim=True)
-                total = total.clamp_min(step.floor) if step.floor is not None else total
-                values = values / (total + step.eps if step.eps else total)
-            case Norm():
-                values = values / torch.norm(values, p=step.p, dim=-1, keepdim=True)  # type: ignore[no-untyped-call]
-            case Scaled():
-                raise AssertionError("scaling by a parameter needs the expert ids, see ModelGating.weigh")
+        if step.kind == "normalize":
+            total = values.sum(dim=-1, keepdim=True)
+            total = total.clamp_min(step.floor) if step.floor is not None else total
+            values = values / (total + step.eps if step.eps else total)
+        elif step.kind == "times":
+            values = values * step.factor
+        elif step.kind == "cast":
+            values = cast(values, torch.float32 if step.to == "float32" else own)
+        elif step.kind == "over":
+            values = values / step.divisor
+        elif step.kind == "cap":
+            values = torch.tanh(values / step.cap) * step.cap
+        elif step.kind == "norm":
+            values = values / torch.norm(values, p=step.p, dim=-1, keepdim=True)
+        else:
+            raise AssertionError("scaling by a parameter needs the expert ids, see ModelGating")
     return values
 
 
@@ -88,7 +95,7 @@ class ModelGating(Gating):
         return "unit" if self.reading.score in ("softmax", "sigmoid") else "real"
 
     def score(self, logits_TE: Tensor) -> Tensor:
-        logits_TE = logits_TE.to(self._dtype(self.reading.score_dtype))
+        logits_TE = cast(logits_TE, self._dtype(self.reading.score_dtype))
         match self.reading.score:
             case "softmax":
                 return _wide(logits_TE.softmax(dim=-1))
@@ -128,21 +135,26 @@ class ModelGating(Gating):
 
     def weigh(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         empty_TK = expert_ids_TK == self.num_experts
-        # A finite floor instead of -inf: a softmax over empty slots only must not become NaN, nor its gradient.
+        # A finite floor instead of -inf, and a row of empty slots only is not 0: softmax and quotient would be NaN, and
+        # so would the gradient of a parameter that scales them, 0 * NaN.
         floor = 0.0 if self.reading.after is None else torch.finfo(torch.bfloat16).min
         chosen_TK = take_along_experts(self._source(scores_TE), expert_ids_TK).masked_fill(empty_TK, floor)
+        chosen_TK = chosen_TK.masked_fill(empty_TK.all(dim=-1, keepdim=True), 1.0)
         weights_TK = self._finish(chosen_TK, expert_ids_TK.clamp(max=self.num_experts - 1))
-        # Also where an empty row was divided by its sum of 0.
         return weights_TK.masked_fill(empty_TK, 0)
 
-    def choose(self, logits_TE: Tensor, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """([T, K] weights, [T, K] ids) without empty slots: what a router computes that adds at most a bias."""
-        scores_TE = self.score(self.prepare(logits_TE))
-        adjusted_TE = self.corrected(scores_TE)
-        if bias_E is not None:
-            adjusted_TE = adjusted_TE + bias_E
-        ids_TK = self.top(self.limit(adjusted_TE.detach()), self.top_k)
+    def choose(self, scores_TE: Tensor, adjusted_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """([T, K] weights, [T, K] ids) of the best adjusted scores, where every token finds K experts."""
+        limited_TE = self.limit(adjusted_TE)
+        best_TK, ids_TK = limited_TE.topk(self.top_k, dim=-1, sorted=self.reading.sorted)
+        if limited_TE is scores_TE and type(self).weigh_full is ModelGating.weigh_full:
+            return self._finish(best_TK, ids_TK), ids_TK  # nothing moved selection: what was best is what weighs
         return self.weigh_full(scores_TE, ids_TK), ids_TK
+
+    def choose_as_stock(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """([T, K] weights, [T, K] ids) of the stock router."""
+        scores_TE = self.score(self.prepare(logits_TE))
+        return self.choose(scores_TE, self.corrected(scores_TE))
 
     def weigh_full(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """`weigh` for ids without empty slots."""
@@ -154,13 +166,13 @@ class ModelGating(Gating):
     def _finish(self, chosen_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """From the chosen scores or logits to combine weights, in the dtypes of the model."""
         reading = self.reading
-        weights_TK = chosen_TK.to(self._dtype(reading.score_dtype))
+        weights_TK = cast(chosen_TK, self._dtype(reading.score_dtype))
         if reading.after is not None:
             function, dtype = reading.after
-            weights_TK = weights_TK.to(self._dtype(dtype))
+            weights_TK = cast(weights_TK, self._dtype(dtype))
             weights_TK = weights_TK.softmax(dim=-1) if function == "softmax" else weights_TK.sigmoid()
         for step in reading.finish:
-            if isinstance(step, Scaled):
+            if step.kind == "scaled":
                 factor = self.tensors(step.parameter)
                 weights_TK = weights_TK * (factor[expert_ids_TK] if step.per_expert else factor)
             else:

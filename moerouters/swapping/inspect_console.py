@@ -12,6 +12,8 @@ from rich.text import Text
 from moerouters.swapping.inspection import Inspection, LayerLoad, RouterRow, TextLoads, folded, pattern, ranges
 from moerouters.swapping.text import BYTES
 
+_TOLD = "module; gating as read, or reason"
+_TEXTS = ("layers", "router", "state", _TOLD)
 _LEVELS = (0.0, 0.25, 0.5, 0.8, 1.25, 2.0)
 """Bounds of load / mean load between the shades of the map."""
 _BLOCKS = (" ", "\u2581", "\u2582", "\u2584", "\u2585", "\u2586", "\u2588")
@@ -28,10 +30,10 @@ def print_routers(console: Console, inspection: Inspection) -> None:
     if not inspection.routers:
         console.print(Text("It has no routers: no module beside experts that returns what routers return."))
         return
-    table = _table(("layers", "router", "E", "K", "state", "module; gating as read, or reason"))
+    shown = table(("layers", "router", "E", "K", "state", _TOLD))
     for rows in folded(inspection.routers):
-        table.add_row(*(Text(cell) for cell in _cells(rows)))
-    console.print(table)
+        shown.add_row(*(Text(cell) for cell in _cells(rows)))
+    console.print(shown)
     console.print(Text(f"{inspection.swappable} of {len(inspection.routers)} routers can be swapped."))
 
 
@@ -54,16 +56,18 @@ def print_loads(console: Console, loads: TextLoads, *, show_map: bool) -> None:
     """Balance per layer, and the map unless a picture was drawn."""
     console.print(Text(f"load on {loads.text}: {loads.tokens} tokens, tokenizer {loads.tokenizer}"))
     if loads.tokenizer == BYTES:
-        console.print(Text("The model has no tokenizer, so these are loads on ids that it was not trained on."), style="yellow")
+        console.print(
+            Text("The model has no tokenizer, so these are loads on ids that it was not trained on."), style="yellow"
+        )
     for name, reason in loads.left_out.items():
         console.print(Text(f"{name} is not counted: {reason}"), style="yellow")
     if not loads.layers:
         return
-    table = _table(("layer", "MaxVio", "MinVio", "dead", "CV"))
+    shown = table(("layer", "MaxVio", "MinVio", "dead", "CV"))
     for layer in loads.layers:
         numbers = (f"{layer.max_vio:.3f}", f"{layer.min_vio:.3f}", str(layer.dead_experts), f"{layer.cv:.3f}")
-        table.add_row(Text(_called(layer)), *numbers)
-    console.print(table)
+        shown.add_row(Text(_called(layer)), *numbers)
+    console.print(shown)
     if show_map:
         _print_map(console, loads)
 
@@ -99,9 +103,9 @@ def _called(layer: LayerLoad) -> str:
     return layer.name if layer.layer is None else str(layer.layer)
 
 
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns[:-1]:
-        table.add_column(column, overflow="fold", justify="left" if column in ("layers", "router", "state") else "right")
-    table.add_column(columns[-1], overflow="fold", justify="right" if columns[-1] == "CV" else "left")
-    return table
+def table(columns: Sequence[str]) -> Table:
+    """A table for the terminal; columns of numbers stand right."""
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold", justify="left" if column in _TEXTS else "right")
+    return shown

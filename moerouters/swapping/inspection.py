@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializeAsAny
 from torch import nn
 
 from moerouters.swapping.find import find
@@ -33,7 +34,7 @@ class RouterRow(_Part):
     """`proven`: rebuilt from its Reading it gives the stock router's bits, so it can be swapped."""
     gating: str | None
     """The Reading, as a line for people."""
-    reading: Reading | None
+    reading: SerializeAsAny[Reading] | None
     reason: str | None
     """Why it was refused or skipped."""
     correction_bias: str | None
@@ -88,7 +89,7 @@ class TextLoads(_Part):
     tokenizer: str
     layers: tuple[LayerLoad, ...]
     left_out: dict[str, str]
-    """Routers that hand out no expert ids, with what they return."""
+    """Routers whose results are of no known form, with what they return."""
 
 
 class Inspection(_Part):
@@ -132,7 +133,7 @@ def folded(rows: Iterable[RouterRow]) -> list[list[RouterRow]]:
 
 def ranges(numbers: Sequence[int]) -> str:
     """`3-60`, `0, 2-5`, or `1, 3, ..., 47` for rising numbers in equal steps."""
-    steps = {right - left for left, right in zip(numbers, numbers[1:], strict=False)}
+    steps = {right - left for left, right in pairwise(numbers)}
     if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
     runs: list[list[int]] = []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moerouters.errors import ConfigError
+from moerouters.errors import ConfigError, ContextError
 from moerouters.losses import LossMode
 from moerouters.routed import RoutedModule
 from moerouters.router import Router
@@ -21,7 +21,14 @@ from moerouters.swapping.batch import Batch
 from moerouters.swapping.gating import ModelGating
 from moerouters.types import RouteContext
 
-_ADDED = ("router", "router_name", "running", "loss_mode", "batch", "adapter", "_num_losses", "_lean")
+_ANY = RouteContext(valid_T=torch.ones(0, dtype=torch.bool))
+"""For a bias that does not depend on the batch."""
+
+_ADDED = (
+    *("router", "router_name", "gating", "adapter", "batch", "tape", "running", "loss_mode"),
+    *("_num_losses", "_lean", "_state_bias"),
+)
+"""Attributes that a swapped router has beside the stock one's."""
 
 
 class SwappedRouter(RoutedModule):
@@ -30,32 +37,31 @@ class SwappedRouter(RoutedModule):
     loss_modes: ClassVar[frozenset[LossMode]] = frozenset({"inject"})
     stock_class: ClassVar[type[nn.Module]]
     router_name: str
+    gating: ModelGating
+    """The router's; a plain attribute, since looking a submodule up takes 1 us, and a forward needs it five times."""
     adapter: Adapter
     _lean: bool
+    """Whether it selects as the template does."""
+    _state_bias: bool
+    """Whether all it adds to scores in eval, if anything, is the same bias for every batch."""
     batch: Batch | None
     """What BatchHooks says of this forward."""
 
     kernel_condition = staticmethod(lambda module: False)
     """Keeps `kernelize` from replacing forward: the stock class may name a kernel, and subclasses inherit that."""
 
-    @property
-    def gating(self) -> ModelGating:
-        gating = self.router.gating
-        assert isinstance(gating, ModelGating)
-        return gating
-
     def forward(self, hidden_states: Tensor, *handed_in: Any, **named: Any) -> Any:
         return self.adapter.forward(self, hidden_states, *handed_in, **named)
 
     def route(self, logits_TE: Tensor, hidden_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """([T, K] weights, [T, K] ids): the router's choice, counted in training; padding goes as in stock."""
-        if self._lean and not self.training:
+        if self._lean and not self.training and self.tape is None:
             return self._choose(logits_TE, hidden_TD)
         ctx = self._context(logits_TE.shape[0], hidden_TD)
-        assignment = self._account(self.router(logits_TE, ctx))
+        assignment = self._account(self._assign(logits_TE, ctx))
         ids_TK, weights_TK = assignment.to_slots()
         if ctx.valid_T is not None and ids_TK.shape[1] == self.gating.top_k:
-            padded_TK, padded_ids_TK = self.gating.choose(logits_TE)
+            padded_TK, padded_ids_TK = self.gating.choose_as_stock(logits_TE)
             real_T1 = ctx.valid_T.unsqueeze(1)
             weights_TK = torch.where(real_T1, weights_TK, padded_TK)
             ids_TK = torch.where(real_T1, ids_TK, padded_ids_TK)
@@ -63,12 +69,17 @@ class SwappedRouter(RoutedModule):
 
     def _choose(self, logits_TE: Tensor, hidden_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the router's template computes, without counts that nobody reads."""
-        router = self.router
-        if type(router).bias_E is Router.bias_E:
-            return self.gating.choose(logits_TE)
-        scores_TE = self.gating.corrected(self.gating.score(self.gating.prepare(logits_TE)))
-        ctx = RouteContext(valid_T=logits_TE.new_ones(logits_TE.shape[0], dtype=torch.bool), hidden_TD=hidden_TD)
-        return self.gating.choose(logits_TE, router.bias_E(scores_TE, ctx))
+        gating = self.gating
+        if gating.exact:
+            return gating.choose_as_stock(logits_TE)
+        scores_TE = gating.score(gating.prepare(logits_TE))
+        if self._state_bias:
+            bias_E = self.router.bias_E(scores_TE, _ANY)
+            assert bias_E is not None
+            return gating.choose(scores_TE, gating.corrected(scores_TE) + bias_E)
+        valid_T = logits_TE.new_ones(logits_TE.shape[0], dtype=torch.bool)
+        _, adjusted_TE = self.router._adjusted(scores_TE, RouteContext(valid_T=valid_T, hidden_TD=hidden_TD))
+        return gating.choose(scores_TE, adjusted_TE)
 
     def _context(self, num_tokens: int, hidden_TD: Tensor | None) -> RouteContext:
         if self.batch is None:
@@ -96,6 +107,7 @@ class SwappedRouter(RoutedModule):
     # The correction bias of the model: `gating.correction_bias_E` is the model's own part of it, and what the stock
     # tensor holds is the sum with the bias that the router has learned. So stock engines serve the balanced model.
 
+    @torch.no_grad()
     def learned(self) -> None:
         served_E = self._served_bias()
         if served_E is not None:
@@ -128,22 +140,26 @@ class SwappedRouter(RoutedModule):
 
 
 def served_bias(router: Router) -> Tensor | None:
-    """The bias that `router` adds in eval mode; None if it has none, or chooses by more than a bias."""
-    plain = type(router).adjust is Router.adjust and type(router).select is Router.select
-    if not plain or type(router).bias_E is Router.bias_E:
+    """The bias that `router` adds to every token's scores in eval mode; None if it does anything else to them."""
+    if type(router).select is not Router.select:
         return None
     E = router.gating.num_experts
     device = next((buffer.device for buffer in router.buffers()), torch.device("cpu"))
     ctx = RouteContext(valid_T=torch.ones(2, dtype=torch.bool, device=device))
+    rising_TE = torch.linspace(0, 1, 2 * E, device=device).reshape(2, E)
     was_training = router.training
     router.eval()
     try:
-        rising_TE = torch.linspace(0, 1, 2 * E, device=device).reshape(2, E)
         biases = [router.bias_E(scores_TE, ctx) for scores_TE in (rising_TE, 1 - rising_TE)]
+        moves = router.adjust(rising_TE, ctx) is not rising_TE
+    except ContextError:  # it needs to know more of the batch, so it is no bias alone
+        return None
     finally:
         router.train(was_training)
     first, second = biases
-    return first if first is not None and second is not None and torch.equal(first, second) else None
+    if moves or first is None or second is None or not torch.equal(first, second):
+        return None
+    return first
 
 
 _CLASSES: dict[type[nn.Module], type[SwappedRouter]] = {}
@@ -177,10 +193,12 @@ def install(module: nn.Module, router: Router, adapter: Adapter, *, name: str, h
     module.adapter = adapter
     module.batch = None
     module._set_router(router.train(module.training), hidden_size=hidden_size, loss_mode="inject")
-    overridden = [getattr(type(router), stage) is not getattr(Router, stage) for stage in ("adjust", "select")]
-    lean = not any(overridden)
-    module._lean = lean
-    module.gating.exact = lean and type(router).bias_E is Router.bias_E
+    assert isinstance(router.gating, ModelGating)
+    module.__dict__["gating"] = router.gating
+    module._lean = type(router).select is Router.select
+    leaves_scores = all(getattr(type(router), stage) is getattr(Router, stage) for stage in ("bias_E", "adjust"))
+    module._state_bias = served_bias(router) is not None
+    module.gating.exact = module._lean and leaves_scores
     if module.gating.reading.correction_bias is not None:
         module._take_correction()
     return module
@@ -188,6 +206,7 @@ def install(module: nn.Module, router: Router, adapter: Adapter, *, name: str, h
 
 def uninstall(module: SwappedRouter) -> None:
     """Give the module its class back. What the model learned meanwhile stays, the correction bias too."""
+    module.adapter.leave(module)
     del module.router
     for name in _ADDED:
         module.__dict__.pop(name, None)

@@ -27,15 +27,15 @@ def prove(stock: Stock, reading: Reading, adapter: Adapter) -> None:
     for tensors in _tensor_sets(stock):
         rebuilt = _rebuilt(stock, tensors, reading, adapter)
         for hidden_TD in _probes(width, tensors[reading.projection.weight]):
-            expected = adapter.results(_run(stock, tensors, hidden_TD))
-            found = adapter.results(rebuilt.run(tensors, hidden_TD))
+            expected = _run(adapter, stock, tensors, hidden_TD)
+            found = adapter.run(rebuilt, tensors, hidden_TD)
             for place, (want, have) in enumerate(zip(expected, found, strict=True)):
                 _expect_same(f"result {place}", want, have)
 
 
-def _run(stock: Stock, tensors: Mapping[str, Tensor], hidden_TD: Tensor) -> Any:
+def _run(adapter: Adapter, stock: Stock, tensors: Mapping[str, Tensor], hidden_TD: Tensor) -> tuple[Any, ...]:
     try:
-        return stock.run(tensors, hidden_TD)
+        return adapter.run(stock, tensors, hidden_TD)
     except RuntimeError as error:
         raise NotUnderstood(f"the stock router itself fails on {hidden_TD.dtype} tensors: {error}") from error
 

@@ -18,7 +18,8 @@ _TOKENS = 6  # neither 1, where shapes are ambiguous, nor a size of a small conf
 def read(stock: Stock, *, prepared: bool = False) -> Reading:
     """The Reading of a router that returns (logits, weights, expert ids).
 
-    `prepared`: it makes something of the hidden states before it multiplies them, which the adapter knows. Raises NotARouter if it returns something else, NotUnderstood for a step that no Reading can say.
+    `prepared`: it makes something of the hidden states before it multiplies them, which the adapter knows. Raises
+    NotARouter if it returns something else, NotUnderstood for a step that no Reading can say.
     """
     low = torch.bfloat16
     # In 16 bits every cast to float32 shows. With a float32 weight beside them: which dtype the results follow.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 Dtype = Literal["float32", "own"]
@@ -12,12 +12,13 @@ Dtype = Literal["float32", "own"]
 
 
 class _Step(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")  # a fill is often -inf
 
 
 class Cast(_Step):
     """To another dtype."""
 
+    kind: Literal["cast"] = "cast"
     to: Dtype
 
     def __str__(self) -> str:
@@ -27,6 +28,7 @@ class Cast(_Step):
 class Times(_Step):
     """By a constant."""
 
+    kind: Literal["times"] = "times"
     factor: float
 
     def __str__(self) -> str:
@@ -36,6 +38,7 @@ class Times(_Step):
 class Over(_Step):
     """Divided by a constant; not the same bits as times its inverse."""
 
+    kind: Literal["over"] = "over"
     divisor: float
 
     def __str__(self) -> str:
@@ -45,6 +48,7 @@ class Over(_Step):
 class Cap(_Step):
     """cap * tanh(x / cap)."""
 
+    kind: Literal["cap"] = "cap"
     cap: float
 
     def __str__(self) -> str:
@@ -54,6 +58,7 @@ class Cap(_Step):
 class Normalize(_Step):
     """Over the sum of the row: sum + eps, or max(sum, floor)."""
 
+    kind: Literal["normalize"] = "normalize"
     eps: float = 0.0
     floor: float | None = None
 
@@ -66,6 +71,7 @@ class Normalize(_Step):
 class Norm(_Step):
     """Over the p-norm of the row; not the same bits as over its sum."""
 
+    kind: Literal["norm"] = "norm"
     p: float
 
     def __str__(self) -> str:
@@ -75,6 +81,7 @@ class Norm(_Step):
 class Scaled(_Step):
     """By a parameter of the router: one factor, or one per expert."""
 
+    kind: Literal["scaled"] = "scaled"
     parameter: str
     per_expert: bool
 
@@ -82,7 +89,7 @@ class Scaled(_Step):
         return f"times {self.parameter}" + (" of the expert" if self.per_expert else "")
 
 
-Step = Cast | Times | Over | Cap | Normalize | Norm | Scaled
+Step = Annotated[Cast | Times | Over | Cap | Normalize | Norm | Scaled, Field(discriminator="kind")]
 
 
 class Groups(_Step):

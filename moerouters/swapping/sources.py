@@ -33,7 +33,11 @@ class Source:
     @property
     def name(self) -> str:
         """How reports call it: without the folders above, which are those of a machine."""
-        return Path(self.place).resolve().name if Path(self.place).exists() else self.place
+        path = Path(self.place)
+        if not path.exists():
+            return self.place
+        path = path.resolve()
+        return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
 
     def open(self, device: torch.device | str = "cpu") -> OpenModel:
         """The model with its weights, in eval mode and its own dtype."""

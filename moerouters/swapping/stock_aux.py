@@ -6,6 +6,7 @@ with the head. For a swapped layer the balancer decides; a second loss beside it
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from moerouters.swapping.module import SwappedRouter
 
-_COEFFICIENT = "router_aux_loss_coef"
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # the latter in JetMoe
 
 
 class StockAux:
@@ -26,8 +27,9 @@ class StockAux:
     def __init__(self, head: nn.Module, recorders: list[nn.Module], recorded: list[nn.Module]) -> None:
         """`recorders` are the modules inside that return router_logits, `recorded` the routers in their order."""
         self._recorded = recorded
-        self._held: list[tuple[Any, Any]] = []
-        self._all: Any = None
+        self._held: list[tuple[Any, str, Any]] = []
+        self._whole: tuple[Any, Any] | None = None
+        """Logits of all layers, and those that took their place for the length of a forward."""
         # always_call: a forward that fails must not leave the coefficient at 0.
         self._handles = [
             head.register_forward_pre_hook(self._before),
@@ -45,26 +47,32 @@ class StockAux:
         return all(isinstance(router, SwappedRouter) for router in self._recorded)
 
     def _before(self, head: nn.Module, args: Any) -> None:
-        self._all = None
+        self._whole = None
         if self._all_swapped:
             config = getattr(head, "config", None)
-            for owner in (head, config, getattr(config, "text_config", None)):
-                if owner is not None and isinstance(getattr(owner, _COEFFICIENT, None), float):
-                    self._held.append((owner, getattr(owner, _COEFFICIENT)))
-                    setattr(owner, _COEFFICIENT, 0.0)
+            for owner, name in product((head, config, getattr(config, "text_config", None)), _COEFFICIENTS):
+                if owner is not None and isinstance(getattr(owner, name, None), float):
+                    self._held.append((owner, name, getattr(owner, name)))
+                    setattr(owner, name, 0.0)
 
     def _without_swapped(self, base: nn.Module, args: Any, output: Any) -> None:
         logits = getattr(output, "router_logits", None)
         if not self._all_swapped and isinstance(logits, tuple) and len(logits) == len(self._recorded):
-            self._all = logits
             pairs = zip(logits, self._recorded, strict=True)
             output.router_logits = tuple(each for each, router in pairs if not isinstance(router, SwappedRouter))
+            self._whole = logits, output.router_logits
 
-    def _after(self, head: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, head: nn.Module, args: Any, output: Any) -> Any:
         while self._held:
-            owner, value = self._held.pop()
-            setattr(owner, _COEFFICIENT, value)
-        if self._all is not None:
-            output.router_logits, self._all = self._all, None
+            owner, name, value = self._held.pop()
+            setattr(owner, name, value)
+        whole, self._whole = self._whole, None
+        if isinstance(output, tuple):  # return_dict=False: of what was replaced only the object is known
+            return tuple(whole[0] if whole is not None and each is whole[1] else each for each in output)
+        if output is None:  # the forward raised
+            return None
+        if whole is not None:
+            output.router_logits = whole[0]
         elif self._all_swapped and isinstance(getattr(output, "aux_loss", None), torch.Tensor):
             output.aux_loss = torch.zeros_like(output.aux_loss)
+        return None

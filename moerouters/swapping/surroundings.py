@@ -63,10 +63,15 @@ def _stock_aux(model: nn.Module) -> Iterator[StockAux]:
         if not _takes(head, "labels", "output_router_logits"):
             continue
         recorded = tuple(recorded_classes(head))
-        routers = [each for each in head.modules() if isinstance(each, recorded)]
+        routers = [_router_of(each) for each in head.modules() if isinstance(each, recorded)]
         if any(isinstance(each, SwappedRouter) for each in routers):
             inside = [each for each in _innermost(head) if each is not head]
             yield StockAux(head, inside, routers)
+
+
+def _router_of(recorded: nn.Module) -> nn.Module:
+    """The recorded module, or the swapped router in it: JetMoe records its attention, which routes too."""
+    return next((each for each in recorded.modules() if isinstance(each, SwappedRouter)), recorded)
 
 
 def _takes(module: nn.Module, *names: str) -> bool:

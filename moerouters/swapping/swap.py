@@ -185,5 +185,5 @@ def _install(
         # What the earlier router learned stays in the model's correction bias, as after `unswap`.
         uninstall(module)
     router = build(name, gating, config=config).to(found.stock(reading.projection.weight).device)
-    install(module, router, adapter, name=name, hidden_size=hidden_size(found.stock))
+    adapter.enter(install(module, router, adapter, name=name, hidden_size=hidden_size(found.stock)))
     return replace(record, status="swapped", router=name)

@@ -90,7 +90,7 @@ def run_over(opened: OpenModel, text: Text) -> None:
                 f"{type(model).__name__} cannot be run on token ids alone.",
                 where=f"input_ids {list(ids_BS.shape)}",
                 why=f"{type(error).__name__}: {error}",
-                fix="call the model yourself inside `moerouters.swapping.recording.record_logits`",
+                fix="record it from Python: call it with all it needs inside `with record_logits(model)`",
             ) from error
 
 
@@ -101,7 +101,7 @@ def _window(config: Any) -> int:
 
 def _windows(ids_T: Tensor, length: int) -> Iterator[Tensor]:
     whole = ids_T.numel() // length * length
-    yield from ids_T[:whole].reshape(-1, length).split(_ROWS)
+    yield from torch.split(ids_T[:whole].reshape(-1, length), _ROWS)
     if whole < ids_T.numel():
         yield ids_T[whole:].unsqueeze(0)
 

@@ -32,9 +32,7 @@ class NotARouter(NotUnderstood):
     """The module does not return what routers return."""
 
 
-def understand(
-    logits: Expression, weights: Expression, expert_ids: Expression, *, prepared: bool = False
-) -> Reading:
+def understand(logits: Expression, weights: Expression, expert_ids: Expression, *, prepared: bool = False) -> Reading:
     """Reading of a router watched with its hidden states as leaf `hidden`, 16-bit, and its own tensors as other leaves.
 
     Everything in float32 was cast to it by the router then. `prepared`: the router makes something of the hidden states

@@ -5,13 +5,33 @@ from __future__ import annotations
 from torch import nn
 
 from moerouters.swapping.adapters.base import Adapter
+from moerouters.swapping.adapters.dbrx import DbrxAdapter
+from moerouters.swapping.adapters.gemma import GemmaAdapter
+from moerouters.swapping.adapters.inkling import InklingAdapter
+from moerouters.swapping.adapters.jetmoe import JetMoeAdapter
+from moerouters.swapping.adapters.llama4 import Llama4Adapter
+from moerouters.swapping.adapters.phimoe import PhimoeAdapter
+from moerouters.swapping.adapters.switch import SwitchAdapter
+from moerouters.swapping.adapters.zaya import ZayaAdapter
 
-ADAPTERS: dict[str, Adapter] = {}
+ADAPTERS: dict[str, Adapter] = {
+    "DbrxRouter": DbrxAdapter(),
+    "DiffusionGemmaTextRouter": GemmaAdapter(),
+    "Gemma4TextRouter": GemmaAdapter(),
+    "InklingTopkRouter": InklingAdapter(),
+    "JetMoeTopKGating": JetMoeAdapter(),
+    "Llama4Router": Llama4Adapter(),
+    "PhimoeTopKRouter": PhimoeAdapter(),
+    "SwitchTransformersTop1Router": SwitchAdapter(),
+    "ZayaRouter": ZayaAdapter(),
+}
 
 REFUSED: dict[str, str] = {
     "DeepseekV4HashRouter": "it looks experts up by token id in a fixed table, so there is nothing to balance",
-    "NllbMoeTop2Router": "it hands out a dense mask limited by a capacity, with a second expert that may be sampled",
-    "SwitchTransformersTop1Router": "it hands out a one-hot mask limited by a capacity, not expert ids",
+    "NllbMoeTop2Router": (
+        "its block runs expert 1 on first choices and expert 0 on the rest, whichever experts were chosen, "
+        "so there is nothing to balance"
+    ),
 }
 
 _GENERAL = Adapter()

@@ -26,6 +26,8 @@ class LossFreeRouter(Router):
     # load_scope: the update sees the load of all ranks; a choice sees only what was committed before, so it is causal.
     capabilities = Capabilities(state=StateAlgebra.ADDITIVE, load_scope=LoadScope.GLOBAL)
     reads: ClassVar[frozenset[str]] = frozenset()
+    expert_bias_E: Tensor
+    expert_scale_E: Tensor
 
     def __init__(self, gating: Gating, config: LossFreeConfig = LossFreeConfig()) -> None:
         super().__init__(gating)
@@ -38,7 +40,7 @@ class LossFreeRouter(Router):
 
     @property
     def _state_E(self) -> Tensor:
-        return self.get_buffer("expert_scale_E" if self.config.rule == "multiplicative" else "expert_bias_E")
+        return self.expert_scale_E if self.config.rule == "multiplicative" else self.expert_bias_E
 
     def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor | None:
         return None if self.config.rule == "multiplicative" else self._state_E
