@@ -18,14 +18,9 @@ from moerouters.swapping.understand import NotUnderstood
 
 
 def loads_on(opened: OpenModel, text: Text) -> TextLoads:
-    """Run the model over the text and count where its routers send them."""
-    counter = _Counter()
-    hooks = [found.module.register_forward_hook(partial(counter, found)) for found in find(opened.model)]
-    try:
+    """Run the model over the text and count where its routers send it."""
+    with LoadCounter(opened.model) as counter:
         run_over(opened, text)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return TextLoads(
         text=text.name,
         sha256=text.sha256,
@@ -36,12 +31,25 @@ def loads_on(opened: OpenModel, text: Text) -> TextLoads:
     )
 
 
-class _Counter:
-    def __init__(self) -> None:
-        self.loads: dict[str, Tensor] = {}
-        self.left_out: dict[str, str] = {}
+class LoadCounter:
+    """Inside its block, every forward of the model is counted."""
 
-    def __call__(self, found: Found, module: nn.Module, args: Any, returned: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.loads: dict[str, Tensor] = {}
+        """int64 [E], by the name of the router module."""
+        self.left_out: dict[str, str] = {}
+        """Routers whose results are of no known form."""
+        self._found = find(model)  # which runs routers, so it has to come before the hooks
+
+    def __enter__(self) -> LoadCounter:
+        self._hooks = [found.module.register_forward_hook(partial(self._count, found)) for found in self._found]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, found: Found, module: nn.Module, args: Any, returned: Any) -> None:
         try:
             load_E = adapter_for(module).load_E(found.stock, returned)
         except NotUnderstood as problem:

@@ -42,7 +42,7 @@ def obstacle(model: nn.Module, stock: Stock) -> str | None:
     module = stock.module
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (accelerate's device_map does that); load without device_map"
-    if hasattr(module, "base_layer"):
+    if _wrapped_by_peft(model, module):
         return "it is wrapped by PEFT; leave the router out of target_modules and target_parameters, or swap first"
     if getattr(model, "use_kernels", False) and _names_a_kernel(module, stock.block):
         return "use_kernels=True replaces its forward, or that of the block around it, by a kernel; load without it"
@@ -55,6 +55,12 @@ def obstacle(model: nn.Module, stock: Stock) -> str | None:
         if tensor.dim() == 2 and not tensor.is_floating_point():
             return f"`{name}` is quantised to {tensor.dtype}; leave the router out of quantisation"
     return None
+
+
+def _wrapped_by_peft(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the module is, or is inside, a layer of PEFT's, which holds what it wraps by one of two names."""
+    wrappers = (each for each in model.modules() if each._modules.keys() & {"base_layer", "original_module"})
+    return any(inner is module for wrapper in wrappers for inner in wrapper.modules())
 
 
 def _names_a_kernel(*modules: nn.Module) -> bool:

@@ -25,8 +25,9 @@ def print_routers(console: Console, inspection: Inspection) -> None:
     given = "its own weights" if inspection.weights == "loaded" else "random weights: only the config was read"
     console.print(Text(f"{inspection.model}: {inspection.architecture}, {given}"))
     if inspection.missing:
-        count = len(inspection.missing)
-        console.print(Text(f"{count} tensors are missing in the checkpoint and random, as {inspection.missing[0]}"))
+        first, others = inspection.missing[0], len(inspection.missing) - 1
+        also = f" and {others} others" if others else ""
+        console.print(Text(f"missing in the checkpoint, so random: {first}{also}"), style="yellow")
     if not inspection.routers:
         console.print(Text("It has no routers: no module beside experts that returns what routers return."))
         return

@@ -59,6 +59,9 @@ class SwappedRouter(RoutedModule):
             return self._choose(logits_TE, hidden_TD)
         ctx = self._context(logits_TE.shape[0], hidden_TD)
         assignment = self._account(self._assign(logits_TE, ctx))
+        if self._lean and ctx.valid_T is None:
+            # Only a row of infinities has an empty slot then; its weight is 0.
+            return assignment.weights, assignment.expert_ids.clamp(max=self.gating.num_experts - 1)
         ids_TK, weights_TK = assignment.to_slots()
         if ctx.valid_T is not None and ids_TK.shape[1] == self.gating.top_k:
             padded_TK, padded_ids_TK = self.gating.choose_as_stock(logits_TE)

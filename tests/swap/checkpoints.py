@@ -1,12 +1,13 @@
 """Tiny checkpoints in folders, as people hand them to the commands."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
     "intermediate_size": 32,

@@ -95,20 +95,24 @@ def write(folder: Path, survey: Survey) -> None:
 
 INTRODUCTION = """# Models of Hugging Face whose router can be swapped
 
-`moerouters.swap(model, "bip")` gives the choice of experts to another router, after proving that the stock router was understood. This
-page is generated (`make docs-models`): a test finds every class of transformers {transformers} (torch {torch}) that chooses experts, builds a tiny
-random model around it, and tries what the columns say. Of {classes} classes {proven} are proven.
+`moerouters.swap(model, "bip")` gives the choice of experts to another router, after proving that the stock router was
+understood. This page is generated (`make docs-models`): a test finds every class of transformers {transformers} (torch {torch})
+that chooses experts, builds a tiny random model around it, and tries what the columns say. {proven} of {classes} are proven.
 
-* **gating**: what was read from the stock router of the tiny model, which has {experts}; sizes and options come from the config.
-* **found**: routers swapped, of those in the model.
-* **exact**: with `topk` in place of the stock router all outputs have the same bits, for a padded batch in float32 (eval and training
-  mode) and bfloat16: logits, hidden states, router logits, losses.
-* **trained**: two optimizer steps with `attach`: gates move, each valid token counts K times, padding never; `loss-free` learns.
+* **gating**: what was read from the stock router of the tiny model; sizes and options are those of its config.
+* **swapped**: routers of the class, of those in the model.
+* **exact**: with `topk` in the stock router's place all outputs keep their bits - logits, hidden states, router logits,
+  losses - for a padded batch, in float32 (eval and training mode) and in bfloat16.
+* **trained**: two optimizer steps with `attach`: gates move, valid tokens count K times and padding never, biases learn.
 * **generated**: greedy decoding with a cache gives the same tokens and logits under `topk`.
-* **checkpoint**: what `save_pretrained` writes after training with `loss-free` loads in stock transformers, no tensor missing or left over.
-  Where the model has a correction bias, the stock model then chooses as the balanced one does (+); else as before swapping.
+* **checkpoint**: `save_pretrained` after training with `loss-free`, loaded in stock transformers: no tensor is missing or left
+  over. Where the gating adds a tensor "to choose", the stock model has the logits of the balanced one; else of the unswapped.
 
-A dash means that the stock model cannot do it either, or that it does not apply; the reasons are below the table."""
+A dash: the stock model cannot do it either, or it does not apply. Whatever is no yes has its reason below the table.
+CI tries {oldest} too (`tests/swap/test_oldest_transformers.py`); 5.0 and later are accepted, as every swap proves itself."""
+
+OLDEST = "5.21.1"
+"""The oldest release that CI tries."""
 
 
 def page(survey: Survey) -> str:
@@ -119,9 +123,9 @@ def page(survey: Survey) -> str:
         torch=survey.torch,
         classes=len(survey.rows),
         proven=proven,
-        experts="8 experts",
+        oldest=OLDEST,
     )
-    head = ("architecture", "router class", "gating as read", "found", "exact", *(f"`{name}`" for name in ROUTERS))
+    head = ("architecture", "router class", "gating as read", "swapped", "exact", *(f"`{name}`" for name in ROUTERS))
     lines = [text, "", *_table((*head, "generated", "checkpoint"), map(_cells, survey.rows))]
     lines += ["", "## Refused", ""]
     lines += [f"* `{row.router}` ({row.architecture}): {row.reason}." for row in survey.rows if row.reason]

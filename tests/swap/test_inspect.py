@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_missing_weights_are_said_aloud(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     result = inspect(tmp_path)
     assert result.exit_code == 0, result.output
-    assert "missing in the checkpoint and random: model.layers.2.mlp.gate.weight" in result.stdout
+    assert "missing in the checkpoint, so random: model.layers.2.mlp.gate.weight" in result.stdout
 
 
 def test_a_refused_layer_is_a_row_of_its_own_and_no_failure() -> None:
@@ -183,7 +184,7 @@ def test_swapped_routers_are_named() -> None:
 
 
 def test_a_model_without_routers(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     (tmp_path / "config.json").write_text(LlamaConfig(**sizes, num_hidden_layers=1).to_json_string(), "utf-8")
     result = inspect(tmp_path)
     assert result.exit_code == 0, result.output
@@ -230,7 +231,7 @@ def test_wrong_usage(folder: Path, text: Path, tmp_path: Path) -> None:
         ("{", ["is no config of a model"]),
         ('{"hidden_size": 8}', ["is no config of a model", "model_type"]),
         ('{"model_type": "no_such_type"}', ["cannot read", "model_type 'no_such_type'", "update transformers"]),
-        ('{"model_type": "sam_vision_model"}', ["has no model for 'sam_vision_model'"]),
+        ('{"model_type": "clipseg_vision_model"}', ["has no model for 'clipseg_vision_model'"]),
     ],
 )
 def test_configs_that_cannot_be_read(written: str, messages: list[str], tmp_path: Path) -> None:

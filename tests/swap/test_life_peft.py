@@ -1,6 +1,5 @@
 """PEFT around a swapped model, and swapping inside a PEFT model; a router that PEFT has wrapped is refused."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,7 +87,7 @@ def test_adapters_can_be_merged(swap_first: bool, target: str) -> None:
     assert not any("lora_" in name for name, _ in merged.named_modules()) and len(routers(merged)) == 3
     torch.testing.assert_close(logits(merged, batch()), before, rtol=1e-4, atol=1e-4)
     inputs = batch(padding="right")
-    optimizer = sgd(merged.train())
+    optimizer = sgd(merged.train().requires_grad_())
     handle = attach(optimizer, merged)
     train(merged, optimizer, [inputs])
     assert {int(load_E.sum()) for load_E in handle.loads.values()} == {routed_pairs(inputs)}
@@ -110,21 +109,37 @@ def test_saved_adapters_hold_nothing_of_the_routers(tmp_path: Any) -> None:
     assert saved and all("lora_" in name for name in saved)
 
 
-def wrap_parameter() -> Any:
-    return {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}
-
-
-def copy_module() -> Any:
-    return {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}
-
-
-@pytest.mark.parametrize("settings", [wrap_parameter, copy_module])
-def test_a_router_that_peft_has_wrapped_is_refused(settings: Callable[[], Any]) -> None:
-    model = get_peft_model(tiny("qwen"), LoraConfig(r=2, **settings()))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+    ],
+    ids=["parameter", "module"],
+)
+def test_a_router_that_peft_has_wrapped_is_refused(settings: dict[str, Any]) -> None:
+    model = get_peft_model(tiny("qwen"), LoraConfig(r=2, **settings))
     counts = hooks(model)
     with pytest.raises(UnsupportedError, match=r"wrapped by PEFT; leave the router out of target_modules"):
         swap(model, "loss-free")
     assert not routers(model) and hooks(model) == counts
+
+
+def test_a_router_can_be_wrapped_after_it_was_swapped() -> None:
+    """As the refusal advises: LoRA on the gate of a swapped router trains it, and `topk` is still the stock one."""
+    settings: dict[str, Any] = {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}
+    found = []
+    for router in (None, "topk"):
+        model = tiny("qwen", train=True)
+        if router is not None:
+            swap(model, router)
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings))
+        wrapped(**batch()).loss.backward()
+        found.append({name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None})
+    stock, swapped = found
+    assert len(stock) == 6 and all(grad.any() for grad in stock.values())
+    expect_same_bits(swapped, stock)
 
 
 def gate_gradients(model: nn.Module) -> dict[str, Tensor]:
