@@ -80,6 +80,7 @@ class ModelGating(Gating):
     def __init__(self, reading: Reading, tensors: Tensors) -> None:
         super().__init__(settings_of(reading))
         self.reading = reading
+        self._scaled = any(step.kind == "scaled" for step in reading.finish)
         object.__setattr__(self, "tensors", tensors)  # it may hold the stock module, which must not become a child
         # Without elements: they follow the model's casts, and say what `own` means.
         self.register_buffer("own_0", tensors(reading.projection.weight).new_empty(0), persistent=False)
@@ -112,8 +113,9 @@ class ModelGating(Gating):
         return super().probabilities(logits_TE)
 
     def corrected(self, scores_TE: Tensor) -> Tensor:
-        if self.bias_0 is None:
+        if self.reading.correction_bias is None:
             return scores_TE
+        assert self.bias_0 is not None
         dtype = self._dtype(self.reading.correction_dtype)
         if self.reading.correction_dtype == "own":
             dtype = torch.promote_types(dtype, self.bias_0.dtype)
@@ -153,7 +155,7 @@ class ModelGating(Gating):
 
     def choose_as_stock(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """([T, K] weights, [T, K] ids) of the stock router."""
-        scores_TE = self.score(self.prepare(logits_TE))
+        scores_TE = self.score(logits_TE)
         return self.choose(scores_TE, self.corrected(scores_TE))
 
     def weigh_full(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
@@ -171,6 +173,8 @@ class ModelGating(Gating):
             function, dtype = reading.after
             weights_TK = cast(weights_TK, self._dtype(dtype))
             weights_TK = weights_TK.softmax(dim=-1) if function == "softmax" else weights_TK.sigmoid()
+        if not self._scaled:
+            return _wide(run(reading.finish, weights_TK, own=self.own_0.dtype))
         for step in reading.finish:
             if step.kind == "scaled":
                 factor = self.tensors(step.parameter)

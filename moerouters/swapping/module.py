@@ -75,7 +75,7 @@ class SwappedRouter(RoutedModule):
         gating = self.gating
         if gating.exact:
             return gating.choose_as_stock(logits_TE)
-        scores_TE = gating.score(gating.prepare(logits_TE))
+        scores_TE = gating.score(logits_TE)
         if self._state_bias:
             bias_E = self.router.bias_E(scores_TE, _ANY)
             assert bias_E is not None

@@ -51,7 +51,7 @@ class Source:
             model, info = model_class(self.config).from_pretrained(
                 self.place, config=self.config, dtype="auto", output_loading_info=True
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except Exception as error:  # safetensors, quantisers and others raise what they like
             raise MoeroutersError(
                 f"transformers cannot load '{self.place}'.",
                 why=f"{type(error).__name__}: {error}",

@@ -1,4 +1,4 @@
-"""Every Python block of README.md and docs/dataflow.md runs as it stands, each page as one session."""
+"""Every Python block of these pages runs as it stands, each page as one session."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from support.markdown import code_blocks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dataflow.md"])
-def test_snippets_run(page: str) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/dataflow.md", "docs/swapping.md"])
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     snippets = [block for block in code_blocks(ROOT / page) if block.language == "python"]
     assert snippets, f"{page} shows no Python"
     names: dict[str, object] = {}

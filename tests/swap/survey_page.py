@@ -96,20 +96,21 @@ def write(folder: Path, survey: Survey) -> None:
 INTRODUCTION = """# Models of Hugging Face whose router can be swapped
 
 `moerouters.swap(model, "bip")` gives the choice of experts to another router, after proving that the stock router was
-understood. This page is generated (`make docs-models`): a test finds every class of transformers {transformers} (torch {torch})
-that chooses experts, builds a tiny random model around it, and tries what the columns say. {proven} of {classes} are proven.
+understood. This page is generated (`make docs-models`): a test finds every class of transformers {transformers}
+(torch {torch}) that chooses experts, builds a tiny random model around it, and tries what the columns say.
+{proven} of {classes} classes are proven.
 
 * **gating**: what was read from the stock router of the tiny model; sizes and options are those of its config.
 * **swapped**: routers of the class, of those in the model.
 * **exact**: with `topk` in the stock router's place all outputs keep their bits - logits, hidden states, router logits,
   losses - for a padded batch, in float32 (eval and training mode) and in bfloat16.
-* **trained**: two optimizer steps with `attach`: gates move, valid tokens count K times and padding never, biases learn.
+* **trained**, by router: two optimizer steps; gates move, biases learn, valid tokens count K times and padding never.
 * **generated**: greedy decoding with a cache gives the same tokens and logits under `topk`.
-* **checkpoint**: `save_pretrained` after training with `loss-free`, loaded in stock transformers: no tensor is missing or left
-  over. Where the gating adds a tensor "to choose", the stock model has the logits of the balanced one; else of the unswapped.
+* **checkpoint**: saved after training with `loss-free`, loaded in stock transformers; no tensor missing or left over.
+  Where the gating adds a tensor "to choose", the stock model has the logits of the balanced one; else of the unswapped.
 
-A dash: the stock model cannot do it either, or it does not apply. Whatever is no yes has its reason below the table.
-CI tries {oldest} too (`tests/swap/test_oldest_transformers.py`); 5.0 and later are accepted, as every swap proves itself."""
+A dash: the stock model cannot do it either, or it does not apply. What is no yes has its reason below the table. CI
+tries transformers {oldest} as well; all of 5 is accepted, as every swap is proven on the model at hand."""
 
 OLDEST = "5.21.1"
 """The oldest release that CI tries."""

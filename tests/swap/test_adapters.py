@@ -70,6 +70,18 @@ def test_bits_of_the_model(router: RouterClass, dtype: torch.dtype) -> None:
         assert same(outputs(each, batches[1]), stock[1])
 
 
+@pytest.mark.parametrize("router", [each for each in ODD if each.name != "DbrxRouter"], ids=str)
+def test_bits_under_autocast(router: RouterClass) -> None:
+    """DbrxExperts add bfloat16 to float32 there, which raises in the stock model."""
+    model = tiny_model(router)
+    inputs = tiny_inputs(model, padding=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = outputs(model, inputs)
+    swap(model, "topk")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(outputs(model, inputs), stock)
+
+
 @pytest.mark.parametrize("router", [each for each in ODD if each.name != "PhimoeTopKRouter"], ids=str)
 def test_bits_of_training(router: RouterClass) -> None:
     """PhimoeTopKRouter is the one that samples; noise on hidden states is the stock router's."""

@@ -17,21 +17,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from moerouters import record, swap
+from moerouters import record, swap, unswap
 from moerouters.hf import RouterCallback
 from moerouters.lab.batches import training_windows, validation_windows
 from moerouters.lab.corpus import VOCABULARY, standard_library
 from moerouters.metrics import max_violation
 from moerouters.swapping.module import SwappedRouter
 
-EXPERTS, CHOSEN, LENGTH, STEPS, BATCH = 8, 2, 64, 80, 8
+EXPERTS, CHOSEN, LENGTH, BATCH = 8, 2, 64, 8
 _SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "moe_intermediate_size": 32,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": CHOSEN,
     "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 RATE = 0.02
-"""Of loss-free: STEPS sign steps have to cross what collapsed the gate."""
+"""Of loss-free: its sign steps have to cross what collapsed the gate."""
 
 
 def qwen() -> PreTrainedModel:
@@ -42,7 +42,7 @@ def qwen() -> PreTrainedModel:
 
 def deepseek() -> PreTrainedModel:
     ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
-    groups = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
+    groups = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
     return DeepseekV3ForCausalLM(DeepseekV3Config(**_SIZES, **ranks, **groups, n_routed_experts=EXPERTS))
 
 
@@ -54,17 +54,22 @@ class Outcome:
     """What a run leaves."""
 
     model: PreTrainedModel
-    first_max_vio: float
-    last_max_vio: float
+    first: float
+    """MaxVio on held-out text before training."""
+    last: float
+    """The same after it."""
+    logged: list[float]
+    """What the trainer's log says of MaxVio in training."""
     loss: float
+    """On held-out text after training."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
     """Random windows of the training text, the same in every run."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
         text = standard_library().train
-        self._windows = training_windows(text, seed=0, step=0, micro_batch=0, count=STEPS * BATCH, length=LENGTH - 1)
+        self._windows = training_windows(text, seed=0, step=0, micro_batch=0, count=steps * BATCH, length=LENGTH - 1)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -100,39 +105,64 @@ def measure(model: PreTrainedModel) -> tuple[float, float]:
     model.eval()
     stock = not any(isinstance(module, SwappedRouter) for module in model.modules())
     if stock:
-        swap(model, "topk")
+        swap(model, "topk")  # chooses bit for bit as stock, and writes down what it chose
     with record(model) as tape, torch.no_grad():
         loss = model(validation(), labels=validation()).loss.item()
     if stock:
-        from moerouters import unswap
-
         unswap(model)
-    loads = [torch.bincount(ids.reshape(-1).long(), minlength=EXPERTS) for ids, in tape.expert_ids.values()]
+    loads = [torch.bincount(ids.reshape(-1).long(), minlength=EXPERTS) for (ids,) in tape.expert_ids.values()]
     return sum(max_violation(load_E).item() for load_E in loads) / len(loads), loss
 
 
-def train(kind: str, router: str, folder: Path) -> Outcome:
+def train(kind: str, router: str, folder: Path, steps: int) -> Outcome:
     model = collapsed(kind)
     first, _ = measure(model)
     if router != "stock":
         swap(model, router, config={"rate": RATE} if router == "loss-free" else None)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=3e-3, seed=0,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-3, seed=0,
         lr_scheduler_type="constant_with_warmup", warmup_steps=5, logging_steps=20, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     callbacks = [] if router == "stock" else [RouterCallback()]
-    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(), callbacks=callbacks)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(steps), callbacks=callbacks)
     trainer.train()
-    if router != "stock":
-        logged = [entry["moerouters/max_vio"] for entry in trainer.state.log_history if "loss" in entry]
-        assert len(logged) == STEPS // 20
+    logged = [entry["moerouters/max_vio"] for entry in trainer.state.log_history if "moerouters/max_vio" in entry]
+    assert len(logged) == (0 if router == "stock" else steps // 20)
     last, loss = measure(model)
     trainer.save_model(str(folder / "final"))
-    return Outcome(model=model, first_max_vio=first, last_max_vio=last, loss=loss)
+    return Outcome(model=model, first=first, last=last, logged=logged, loss=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_collapsed_model_is_balanced(kind: str, tmp_path: Path) -> None:
-    runs = {router: train(kind, router, tmp_path / router) for router in ("stock", "loss-free", "bip")}
-    for k, r in runs.items(): print(kind, k, r.first_max_vio, r.last_max_vio, r.loss)
+def test_a_collapsed_model_is_balanced_and_learns(kind: str, tmp_path: Path) -> None:
+    """Two of eight experts take nearly all at the start, and MaxVio can be 3 at most; stock stays collapsed."""
+    runs = {router: train(kind, router, tmp_path / router, steps=240) for router in ("stock", "loss-free", "bip")}
+    assert all(run.first > 2.5 for run in runs.values())
+    assert runs["stock"].last > 1.5
+    assert runs["loss-free"].logged[-1] < 0.6, "on the batches of the last 20 steps"
+    assert runs["bip"].logged[-1] < 0.15
+    for router, run in runs.items():
+        # Eight experts that start from nothing learn later than two: at 160 steps bip is 1.7% behind on Qwen3-MoE, at
+        # 240 it is ahead.
+        assert run.loss < 1.01 * runs["stock"].loss, router
+        if router != "stock":
+            assert run.last < 1.0, "in eval, on text it has not seen"
+        expect_served_by_stock(kind, run, tmp_path / router)
+
+
+def test_a_collapsed_model_is_balanced(tmp_path: Path) -> None:
+    run = train("deepseek_v3", "loss-free", tmp_path, steps=80)
+    assert run.first > 2.5
+    assert run.last < 1.0
+    expect_served_by_stock("deepseek_v3", run, tmp_path)
+
+
+def expect_served_by_stock(kind: str, run: Outcome, folder: Path) -> None:
+    """Stock transformers give the same logits from the final checkpoint."""
+    served = type(run.model).from_pretrained(folder / "final").eval()
+    if kind == "qwen3_moe":
+        unswap(run.model)  # it has no correction bias, so stock transformers route by the trained gate alone
+    with torch.no_grad():
+        torch.testing.assert_close(served(validation()).logits, run.model(validation()).logits)

@@ -18,6 +18,7 @@ from moerouters.swapping.inspection import Inspection, folded, inspect_routers, 
 from moerouters.swapping.outline import outline
 
 from .checkpoints import TEXT, build, deepseek, qwen, saved, windows
+from .zoo import RouterClass, tiny_model
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -58,7 +59,7 @@ def test_a_folder_with_weights(folder: Path, tmp_path: Path) -> None:
     assert found.loads is None
 
 
-def test_a_config_at_real_sizes_takes_little_memory(tmp_path: Path) -> None:
+def test_a_config_at_real_sizes(tmp_path: Path) -> None:
     config = DeepseekV3Config(num_hidden_layers=6, dtype="bfloat16")
     assert (config.hidden_size, config.n_routed_experts) == (7168, 256)
     (tmp_path / "config.json").write_text(config.to_json_string(), "utf-8")
@@ -108,10 +109,10 @@ def test_loads_are_those_of_the_models_own_router_logits(folder: Path, text: Pat
                 ids_TK = logits_TE.softmax(dim=-1).topk(2, dim=-1).indices
                 expected_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=8)
     assert [list(layer.load) for layer in loads.layers] == expected_LE.tolist()
-    for layer, load_E in zip(loads.layers, expected_LE, strict=True):
-        assert layer.max_vio == float(max_violation(load_E)) and layer.min_vio == float(min_violation(load_E))
-        assert layer.dead_experts == int(dead_experts(load_E)) and layer.cv == float(load_cv(load_E))
-        assert f"{layer.max_vio:.3f}   {layer.min_vio:.3f}" in result.stdout
+    for found, load_E in zip(loads.layers, expected_LE, strict=True):
+        assert found.max_vio == float(max_violation(load_E)) and found.min_vio == float(min_violation(load_E))
+        assert found.dead_experts == int(dead_experts(load_E)) and found.cv == float(load_cv(load_E))
+        assert f"{found.max_vio:.3f}   {found.min_vio:.3f}" in result.stdout
     # The map: a row per layer, a place per expert, the most loaded ones darkest.
     rows = [line for line in result.stdout.splitlines() if line.endswith("|")]
     assert [len(row.partition("|")[2]) for row in rows] == [9] * 4
@@ -145,7 +146,7 @@ def test_the_tokenizer_of_the_folder(text: Path, tmp_path: Path) -> None:
 
     folder = saved(qwen(), tmp_path / "model")
     words = Tokenizer(WordLevel({"it": 0, "was": 1, "the": 2, "best": 3, "?": 4}, unk_token="?"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
     result = inspect(folder, "--text", text)
     assert result.exit_code == 0, result.output
@@ -173,6 +174,29 @@ def test_a_refused_layer_is_a_row_of_its_own_and_no_failure() -> None:
         ("2", "refused"),
     ]
     assert rows[1][0].reason is not None and "replaced on the instance" in rows[1][0].reason
+
+
+def test_routers_that_cannot_be_swapped_or_counted(text: Path, tmp_path: Path) -> None:
+    tiny_model(RouterClass("NllbMoeTop2Router", "nllb_moe")).save_pretrained(tmp_path / "model")
+    result = inspect(tmp_path / "model", "--text", text)
+    assert result.exit_code == 0, result.output
+    assert "NllbMoeTop2Router   -   -   skipped" in result.stdout
+    assert "0 of 6 routers can be swapped." in result.stdout
+    assert "model.encoder.layers.0.ffn.router is not counted: it returns" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterClass("MiniMaxM2TopKRouter", "minimax_m2"),  # the block hands in a correction bias
+        RouterClass("HunYuanMoEV1Gate", "hunyuan_v1_moe"),  # its projection stays in float32
+        RouterClass("DeepseekV4HashRouter", "deepseek_v4"),  # a table of integers; two kinds of routers
+    ],
+    ids=str,
+)
+def test_an_outline_tells_what_the_model_tells(router: RouterClass) -> None:
+    real = tiny_model(router, dtype=torch.bfloat16)
+    assert inspect_routers(*outline(type(real), real.config)) == inspect_routers(real)
 
 
 def test_swapped_routers_are_named() -> None:
@@ -237,6 +261,39 @@ def test_wrong_usage(folder: Path, text: Path, tmp_path: Path) -> None:
 def test_configs_that_cannot_be_read(written: str, messages: list[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(written, "utf-8")
     refused(inspect(tmp_path), *messages)
+
+
+def test_weights_that_cannot_be_loaded(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(qwen().to_json_string(), "utf-8")
+    (tmp_path / "model.safetensors").write_text("no safetensors", "utf-8")
+    result = inspect(tmp_path, "--text", text)
+    assert result.exit_code == 1
+    assert "transformers cannot load" in result.stderr
+    assert inspect(tmp_path, "--config-only").exit_code == 0
+
+
+def test_a_tokenizer_that_cannot_be_loaded(text: Path, tmp_path: Path) -> None:
+    saved(qwen(), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{", "utf-8")
+    result = inspect(tmp_path / "model", "--text", text)
+    assert result.exit_code == 1
+    assert "cannot load the tokenizer" in result.stderr
+
+
+def test_a_model_that_needs_more_than_token_ids(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needy(self: object, input_ids: object, sound: object) -> None: ...
+
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "forward", needy)
+    result = inspect(folder, "--text", text)
+    assert result.exit_code == 1
+    assert "cannot be run on token ids alone" in result.stderr and "sound" in result.stderr
+
+
+def test_a_hub_name_is_read_by_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: qwen())
+    result = inspect("some/model")
+    assert result.exit_code == 0, result.output
+    assert "some/model: Qwen3MoeForCausalLM, random weights" in result.stdout
 
 
 def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,21 @@ def test_accumulated_batches_share_the_scale_of_the_training_loss(checkpointing:
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_batch_that_is_recomputed_keeps_its_padding(checkpointing: str) -> None:
+    """Two forwards before one backward: when the first is computed again, the second was the latest to pass by."""
+    config = {"alpha": ALPHA}
+    model = tiny("mixtral", train=True, checkpointing=checkpointing)
+    swap(model, "loss-controlled", config=config)
+    optimizer = sgd(model)
+    handle = attach(optimizer, model)
+    batches = [batch(0, padding="left"), batch(1, padding="right", size=3), batch(2)]
+    torch.stack([model(**inputs).loss for inputs in batches]).sum().backward()
+    expect_close(gate_gradients(model, "mixtral"), by_hand("mixtral", batches, config, 1.0), 1e-5)
+    optimizer.step()
+    assert {int(load_E.sum()) for load_E in handle.loads.values()} == {routed_pairs(*batches)}
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_no_loss_is_missed_in_training(checkpointing: str) -> None:
     """Several steps, with accumulation, evaluation in between, and a frozen gate."""
     model = tiny("qwen", train=True, checkpointing=checkpointing)

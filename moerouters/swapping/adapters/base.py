@@ -61,13 +61,26 @@ class Adapter:
         """[T, D]: what the router's matrix is multiplied with."""
         return hidden_TD
 
+    def logits(self, body: Body, hidden_TD: Tensor) -> Tensor:
+        """[T, E] in the dtype of the stock router."""
+        gating = body.gating
+        return project(gating.reading, self.hidden(body, hidden_TD), gating.tensors)
+
     def routed(self, body: Body, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [T, E], weights [T, K], ids [T, K]) in the dtypes of the stock router."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         gating = body.gating
-        logits_TE = project(gating.reading, self.hidden(body, hidden_TD), gating.tensors)
+        logits_TE = self.logits(body, hidden_TD)
         weights_TK, ids_TK = body.route(logits_TE, hidden_TD)
-        return logits_TE, cast(weights_TK, weights_dtype(gating, hidden_TD, logits_TE)), ids_TK
+        return logits_TE, cast(weights_TK, self.weights_dtype(gating, hidden_TD, logits_TE)), ids_TK
+
+    def weights_dtype(self, gating: ModelGating, hidden: Tensor, logits: Tensor) -> torch.dtype:
+        """In which the stock router hands its weights out."""
+        reading = gating.reading
+        if reading.weights_dtype != "own":
+            return hidden.dtype if reading.weights_dtype == "hidden" else torch.float32
+        widened = any(step.kind == "cast" for step in reading.before)
+        return gating.own_0.dtype if widened else logits.dtype
 
     def forward(self, body: Body, hidden_states: Tensor, *handed_in: Any, **named: Any) -> Any:
         """The swapped router's forward."""
@@ -86,15 +99,6 @@ class FirstAmongEquals(ModelGating):
     def choose(self, scores_TE: Tensor, adjusted_TE: Tensor) -> tuple[Tensor, Tensor]:
         ids_TK = self.top(self.limit(adjusted_TE), self.top_k)
         return self.weigh_full(scores_TE, ids_TK), ids_TK
-
-
-def weights_dtype(gating: ModelGating, hidden: Tensor, logits: Tensor) -> Any:
-    """In which the stock router hands its weights out."""
-    reading = gating.reading
-    if reading.weights_dtype != "own":
-        return hidden.dtype if reading.weights_dtype == "hidden" else torch.float32
-    widened = any(step.kind == "cast" for step in reading.before)
-    return gating.own_0.dtype if widened else logits.dtype
 
 
 # For adapters that know their class by its name, and read its attributes instead of watching it.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moerouters.swapping.adapters.base import Adapter, Body, FirstAmongEquals, jitter_, linear, setting
+from moerouters.swapping.gating import ModelGating
 from moerouters.swapping.reading import Reading
 from moerouters.swapping.stock import Stock
 
@@ -32,9 +33,12 @@ class SparsemixerGating(FirstAmongEquals):
 
     reading: SparsemixerReading
 
+    logits_dtype: torch.dtype = torch.float32
+    """Of the latest forward; the threshold is taken in it. Autocast makes it narrower than `own`."""
+
     def weigh(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         E = self.num_experts
-        logits_T1E = scores_TE.to(self.own_0.dtype).unsqueeze(1)
+        logits_T1E = scores_TE.to(self.logits_dtype).unsqueeze(1)
         empty_TK = expert_ids_TK == E
         ids_TK1 = expert_ids_TK.clamp(max=E - 1).unsqueeze(2)
         logits_TKE = logits_T1E.expand(-1, expert_ids_TK.shape[1], -1)
@@ -46,7 +50,7 @@ class SparsemixerGating(FirstAmongEquals):
             spill_TE = empty_TK.new_zeros(len(scores_TE), E + 1)  # the last column takes what is empty
             chosen_T1E = spill_TE.scatter(1, expert_ids_TK, True)[:, :E].unsqueeze(1)
         near_TKE = logits_TKE.masked_fill(far_TKE | (better_TKE & chosen_T1E), -float("inf"))
-        weights_TK = near_TKE.softmax(dim=-1).gather(2, ids_TK1).squeeze(2)
+        weights_TK = near_TKE.to(self.own_0.dtype).softmax(dim=-1).gather(2, ids_TK1).squeeze(2)
         return weights_TK.to(scores_TE.dtype).masked_fill(empty_TK, 0)
 
     def weigh_full(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
@@ -74,6 +78,16 @@ class PhimoeAdapter(Adapter):
             weights_dtype="own",
             jitter=setting(stock, "router_jitter_noise"),
         )
+
+    def logits(self, body: Body, hidden_TD: Tensor) -> Tensor:
+        logits_TE = super().logits(body, hidden_TD)
+        gating = body.gating
+        assert isinstance(gating, SparsemixerGating)
+        gating.logits_dtype = logits_TE.dtype
+        return logits_TE
+
+    def weights_dtype(self, gating: ModelGating, hidden: Tensor, logits: Tensor) -> torch.dtype:
+        return logits.new_empty(0, 1).softmax(dim=-1).dtype  # autocast widens it on some devices
 
     def hidden(self, body: Body, hidden_TD: Tensor) -> Tensor:
         module: Any = body

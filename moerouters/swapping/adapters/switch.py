@@ -32,7 +32,8 @@ class SwitchGating(FirstAmongEquals):
     """Of the latest forward."""
 
     def score(self, logits_TE: Tensor) -> Tensor:
-        return super().score(logits_TE).to(self.hidden_dtype).to(logits_TE.dtype)
+        scores_TE = super().score(logits_TE)
+        return scores_TE.to(self.hidden_dtype).to(scores_TE.dtype)
 
 
 class SwitchAdapter(Adapter):
