@@ -27,7 +27,7 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Write the map of loads as PNG. Needs --text.")] = None,
 ) -> None:
     """Show the routers of a model, and whether they can be swapped."""
-    from moerouters.swapping.inspect_command import InspectOptions, run_inspect
+    from moerouters.inspecting.inspect_command import InspectOptions, run_inspect
 
     run_inspect(
         InspectOptions(

@@ -26,6 +26,6 @@ def replay(
     json: Annotated[Path | None, typer.Option(help="Write the numbers of every layer as JSON.")] = None,
 ) -> None:
     """Compare routers on recorded logits, without the model."""
-    from moerouters.swapping.trace_command import run_replay
+    from moerouters.inspecting.trace_command import run_replay
 
     run_replay(trace, routers=routers, steps=steps, device=device, json=json)

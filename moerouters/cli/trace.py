@@ -18,6 +18,6 @@ def trace(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Record the router logits of a model on a text."""
-    from moerouters.swapping.trace_command import run_trace
+    from moerouters.inspecting.trace_command import run_trace
 
     run_trace(model, text=text, output=output, tokens=tokens, device=device)

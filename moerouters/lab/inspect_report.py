@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moerouters.inspecting.inspection import Inspection, TextLoads, folded, pattern, ranges
 from moerouters.lab.files import atomic_path, write_text
 from moerouters.lab.pictures import STYLE
 from moerouters.lab.report import require_report_extra
-from moerouters.swapping.inspection import Inspection, TextLoads, folded, pattern, ranges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 
 from moerouters import swap
 from moerouters.cli import app
+from moerouters.inspecting.inspection import Inspection, folded, inspect_routers, layer_number, pattern, ranges
+from moerouters.inspecting.outline import outline
 from moerouters.metrics import dead_experts, load_cv, max_violation, min_violation
-from moerouters.swapping.inspection import Inspection, folded, inspect_routers, layer_number, pattern, ranges
-from moerouters.swapping.outline import outline
 
 from .checkpoints import TEXT, build, deepseek, qwen, saved, windows
 from .zoo import RouterClass, tiny_model

@@ -14,13 +14,13 @@ from typer.testing import CliRunner, Result
 from moerouters import registry, swap
 from moerouters.cli import app
 from moerouters.errors import ConfigError, TraceError, UnsupportedError
-from moerouters.swapping.logits_trace import LayerLogits, LogitsTrace
+from moerouters.inspecting.logits_trace import LayerLogits, LogitsTrace
+from moerouters.inspecting.offline import evaluate
+from moerouters.inspecting.offline_report import OfflineReport, RouterOffline
+from moerouters.inspecting.offline_routers import PLAIN, Chosen, chosen_routers
+from moerouters.inspecting.recording import record_logits
 from moerouters.swapping.module import SwappedRouter
-from moerouters.swapping.offline import evaluate
-from moerouters.swapping.offline_report import OfflineReport, RouterOffline
-from moerouters.swapping.offline_routers import PLAIN, Chosen, chosen_routers
 from moerouters.swapping.reading import Projection, Reading
-from moerouters.swapping.recording import record_logits
 
 from .checkpoints import TEXT, build, deepseek, qwen, saved, windows
 from .life import batch, prepared, tiny
@@ -138,7 +138,7 @@ def test_topk_gives_the_models_own_choice(tmp_path: Path) -> None:
     ids=str,
 )
 def test_routers_with_adapters_of_their_own_are_recorded(router: RouterClass, tmp_path: Path) -> None:
-    from moerouters.swapping.expert_loads import LoadCounter
+    from moerouters.inspecting.expert_loads import LoadCounter
 
     model = tiny_model(router, dtype=torch.bfloat16)
     with torch.no_grad(), record_logits(model) as recorder, LoadCounter(model) as counter:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from moerouters.errors import TraceError, UnsupportedError
+from moerouters.inspecting.logits_trace import NOBODY, About, LayerLogits, LogitsTrace, needed_tensors
 from moerouters.kernels.accumulate import inside_backward
 from moerouters.swapping.adapters import ADAPTERS, adapter_for
 from moerouters.swapping.adapters.base import Adapter
 from moerouters.swapping.find import Found, find
 from moerouters.swapping.gating import ModelGating
-from moerouters.swapping.logits_trace import NOBODY, About, LayerLogits, LogitsTrace, needed_tensors
 from moerouters.swapping.module import SwappedRouter
 from moerouters.swapping.reading import Reading
 from moerouters.swapping.swap import examine

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moerouters.inspecting.inspection import LayerLoad, TextLoads, layer_number
+from moerouters.inspecting.sources import OpenModel
+from moerouters.inspecting.text import Text, run_over
 from moerouters.metrics import dead_experts, load_cv, max_violation, min_violation
 from moerouters.swapping.adapters import adapter_for
 from moerouters.swapping.find import Found, find
-from moerouters.swapping.inspection import LayerLoad, TextLoads, layer_number
-from moerouters.swapping.sources import OpenModel
-from moerouters.swapping.text import Text, run_over
 from moerouters.swapping.understand import NotUnderstood
 
 

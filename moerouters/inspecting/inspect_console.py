@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moerouters.swapping.inspection import Inspection, LayerLoad, RouterRow, TextLoads, folded, pattern, ranges
-from moerouters.swapping.text import BYTES
+from moerouters.inspecting.inspection import Inspection, LayerLoad, RouterRow, TextLoads, folded, pattern, ranges
+from moerouters.inspecting.text import BYTES
 
 _TOLD = "module; gating as read, or reason"
 _TEXTS = ("layers", "router", "state", _TOLD)

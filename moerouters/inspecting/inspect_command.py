@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.text import Text as Line
 
 from moerouters.errors import ConfigError
+from moerouters.inspecting.expert_loads import loads_on
+from moerouters.inspecting.inspect_console import print_loads, print_routers
+from moerouters.inspecting.inspection import Inspection, inspect_routers
+from moerouters.inspecting.sources import OpenModel, quietly, require_transformers, source
+from moerouters.inspecting.text import TOKENS, Text, read_text
 from moerouters.lab.files import write_text
 from moerouters.lab.job import choose_device
 from moerouters.lab.report import require_report_extra
-from moerouters.swapping.expert_loads import loads_on
-from moerouters.swapping.inspect_console import print_loads, print_routers
-from moerouters.swapping.inspection import Inspection, inspect_routers
-from moerouters.swapping.sources import OpenModel, quietly, require_transformers, source
-from moerouters.swapping.text import TOKENS, Text, read_text
 
 
 @dataclass(frozen=True, kw_only=True)

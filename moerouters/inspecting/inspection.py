@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 from torch import nn
 
+from moerouters.inspecting.outline import Alike
 from moerouters.swapping.find import find
-from moerouters.swapping.outline import Alike
 from moerouters.swapping.reading import Reading
 from moerouters.swapping.swap import LayerRecord, examine
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from rich.text import Text as Line
 
+from moerouters.inspecting.inspect_command import make_console
+from moerouters.inspecting.inspect_console import table
+from moerouters.inspecting.logits_trace import About, LogitsTrace
+from moerouters.inspecting.offline import default_steps, evaluate
+from moerouters.inspecting.offline_report import OfflineReport
+from moerouters.inspecting.offline_routers import chosen_routers
+from moerouters.inspecting.recording import record_logits
+from moerouters.inspecting.sources import quietly, source
+from moerouters.inspecting.text import BYTES, read_text, run_over
 from moerouters.lab.files import atomic_path, require_writable, write_text
 from moerouters.lab.job import choose_device, set_threads
-from moerouters.swapping.inspect_command import make_console
-from moerouters.swapping.inspect_console import table
-from moerouters.swapping.logits_trace import About, LogitsTrace
-from moerouters.swapping.offline import default_steps, evaluate
-from moerouters.swapping.offline_report import OfflineReport
-from moerouters.swapping.offline_routers import chosen_routers
-from moerouters.swapping.recording import record_logits
-from moerouters.swapping.sources import quietly, source
-from moerouters.swapping.text import BYTES, read_text, run_over
 
 
 def run_trace(model: str, *, text: Path, output: Path, tokens: int, device: str) -> LogitsTrace:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moerouters.errors import ConfigError, MoeroutersError
-from moerouters.swapping.sources import OpenModel, Source, require_transformers
+from moerouters.inspecting.sources import OpenModel, Source, require_transformers
 
 TOKENS = 8192
 """Tokens of a text that are looked at, unless somebody asks for more."""

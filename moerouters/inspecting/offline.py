@@ -10,12 +10,12 @@ from torch import Tensor
 
 from moerouters.capabilities import StateAlgebra
 from moerouters.errors import ConfigError
+from moerouters.inspecting.logits_trace import LayerLogits, LogitsTrace
+from moerouters.inspecting.offline_report import LayerOffline, OfflineReport, RouterOffline
+from moerouters.inspecting.offline_routers import BASELINE, PLAIN, Chosen
 from moerouters.metrics import RunBalance, max_violation
 from moerouters.router import Router
 from moerouters.swapping.gating import ModelGating
-from moerouters.swapping.logits_trace import LayerLogits, LogitsTrace
-from moerouters.swapping.offline_report import LayerOffline, OfflineReport, RouterOffline
-from moerouters.swapping.offline_routers import BASELINE, PLAIN, Chosen
 from moerouters.types import Assignment, RouteContext
 
 STEPS = 32

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from moerouters.errors import ConfigError, MoeroutersError
+from moerouters.inspecting.outline import Alike, outline
 from moerouters.swapping.guards import expect_supported_transformers
-from moerouters.swapping.outline import Alike, outline
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _FALL_BACKS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")

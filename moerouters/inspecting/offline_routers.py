@@ -10,9 +10,9 @@ import torch
 
 from moerouters import registry
 from moerouters.errors import ConfigError, MoeroutersError
+from moerouters.inspecting.logits_trace import LayerLogits, LogitsTrace
 from moerouters.lab.overrides import parse_routers
 from moerouters.router import Router
-from moerouters.swapping.logits_trace import LayerLogits, LogitsTrace
 
 BASELINE = "topk"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from moerouters.swapping.logits_trace import About
+from moerouters.inspecting.logits_trace import About
 
 
 class _Part(BaseModel):
