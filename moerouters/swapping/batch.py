@@ -102,7 +102,9 @@ def _hand_over(routers: list[nn.Module], child: nn.Module, args: tuple[Any, ...]
         return None
     batch = kwargs.pop(KEY)
     for router in routers:
-        router.batch = batch
+        # Only where another forward came in between: a compiled checkpoint must not write to what is outside of it.
+        if router.batch is not batch:
+            router.batch = batch
     return args, kwargs
 
 

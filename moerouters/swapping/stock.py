@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -65,7 +66,7 @@ class Stock:
         """What the stock forward returns in eval mode for hidden states and these tensors. The module stays as is."""
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_BLOCK)}
         handed_in = tuple(tensor for name, tensor in tensors.items() if name.startswith(_BLOCK))
-        with torch.no_grad(), in_eval(self.module):
+        with torch.no_grad(), undisturbed(self.module):
             try:
                 return functional_call(self.module, own, (hidden_TD, *handed_in))
             except (ValueError, IndexError):  # a gate that flattens for itself may insist on [B, S, D]
@@ -73,12 +74,14 @@ class Stock:
 
 
 @contextmanager
-def in_eval(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, and as it was after."""
-    training = {each: each.training for each in module.modules()}
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode and without hooks, which would take our probes for the user's tokens; as it was after."""
+    before = [(each, each.training, each._forward_pre_hooks, each._forward_hooks) for each in module.modules()]
     module.eval()
+    for each, *_ in before:
+        each._forward_pre_hooks, each._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for each, was in training.items():
-            each.training = was
+        for each, training, pre_hooks, hooks in before:
+            each.training, each._forward_pre_hooks, each._forward_hooks = training, pre_hooks, hooks

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from moerouters.autocast import no_autocast
 from moerouters.errors import ConfigError, UnsupportedError
 from moerouters.gating import Gating
 from moerouters.registry import RouterConfig, build
@@ -122,8 +123,9 @@ def examine(model: nn.Module, found: Found) -> LayerRecord:
         return LayerRecord(**about, status="refused", reason=reason)
     adapter = adapter_for(module)
     try:
-        reading = adapter.read(found.stock)
-        prove(found.stock, reading, adapter)
+        with no_autocast(next(module.parameters()).device):  # under it the stock router computes something else
+            reading = adapter.read(found.stock)
+            prove(found.stock, reading, adapter)
     except NotUnderstood as problem:
         return LayerRecord(**about, status="refused", reason=str(problem))
     return LayerRecord(**about, status="swappable", reading=reading)
