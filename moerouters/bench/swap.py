@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from moerouters.bench.timing import Timing, interleaved
@@ -45,7 +45,7 @@ class SwapBench(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_: str = "moerouters.bench.swap/1"
+    schema_: Literal["moerouters.bench.swap/1"] = Field(alias="schema")
     machine: str
     torch: str
     transformers: str
@@ -80,7 +80,12 @@ def bench_swap(
         rows.append((setting, interleaved(candidates, peer=STOCK, device=device, rounds=rounds)))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return SwapBench(
-        machine=where, torch=torch.__version__, transformers=transformers.__version__, sizes=sizes, rows=rows
+        schema="moerouters.bench.swap/1",
+        machine=where,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        sizes=sizes,
+        rows=rows,
     )
 
 

@@ -1,6 +1,7 @@
 """Tiny models with swapped routers, the batches they see, and the steps of training them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ MODELS = {
     "olmoe": RouterClass("OlmoeTopKRouter", "olmoe"),
     "qwen": RouterClass("Qwen3MoeTopKRouter", "qwen3_moe"),
 }
+Padding = Literal["left", "right", ""]
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
 LOUD: dict[str, Mapping[str, Any]] = {
     "topk": {},
@@ -44,9 +46,7 @@ def prepared(model: PreTrainedModel, *, train: bool = True, checkpointing: str =
     return model
 
 
-def batch(
-    seed: int = 1, *, padding: Literal["left", "right", ""] = "", size: int = 2, length: int = 12
-) -> dict[str, Tensor]:
+def batch(seed: int = 1, *, padding: Padding = "", size: int = 2, length: int = 12) -> dict[str, Tensor]:
     """Token ids, mask and labels; a third of the last row is padding, which no label counts."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(*TEXT_TOKENS, (size, length), generator=generator)
@@ -73,6 +73,12 @@ def gates(model: nn.Module, name: str = "qwen") -> dict[str, nn.Module]:
     """Router modules by name, swapped or not."""
     kind = MODELS[name].load()
     return {where: module for where, module in model.named_modules() if isinstance(module, kind)}
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model after a cast of all that follows casts."""
+    nn.Module.to(model, dtype)
+    return model
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +110,7 @@ def expect_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], toleran
             other[name].double(),
             rtol=0,
             atol=tolerance * max(float(other[name].abs().max()), 1e-3),
-            msg=lambda text, name=name: f"{name}: {text}",
+            msg=partial("{}: {}".format, name),
         )
 
 

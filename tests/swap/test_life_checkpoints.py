@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moerouters import attach, load_router_state, save_router_state, swap, unswap
 from moerouters.errors import TraceError
 
-from .life import LOUD, batch, expect_same_bits, logits, routers, same_bits, sgd, tensors, tiny, train
+from .life import LOUD, batch, expect_same_bits, logits, prepared, routers, same_bits, sgd, tensors, tiny, train
 
 EVAL = batch(77, padding="right")
 CORRECTED = ["deepseek", "minimax"]
@@ -25,7 +25,7 @@ def trained(name: str, router: str, steps: int = 3) -> PreTrainedModel:
     handle = attach(optimizer, model)
     train(model, optimizer, [batch(seed) for seed in range(steps)], handle=handle)
     handle.remove()
-    return model.eval()
+    return prepared(model, train=False)
 
 
 def at_tokens(model: nn.Module) -> Tensor:
@@ -35,7 +35,8 @@ def at_tokens(model: nn.Module) -> Tensor:
 
 def loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The stock model of a checkpoint, in which nothing was missing and nothing too much."""
-    found, info = type(model).from_pretrained(folder, output_loading_info=True)
+    kind: Any = type(model)
+    found, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert isinstance(found, PreTrainedModel) and not routers(found)
     return found
@@ -106,6 +107,7 @@ def test_what_was_learned_can_be_loaded_before_the_weights(name: str, tmp_path: 
     other = tiny(name)
     swap(other, "loss-free", config=LOUD["loss-free"])
     load_router_state(other, tmp_path / "state")
+    expect_same_bits(corrections(other), corrections(model))
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other, EVAL), logits(model, EVAL))
     expect_same_bits(learned(other), learned(model))

@@ -48,9 +48,9 @@ def swapped(router: str, name: str, *, training: bool) -> PreTrainedModel:
     return model
 
 
-def compiled(model: nn.Module, backend: str) -> nn.Module:
+def compiled(model: nn.Module, backend: str, *, dynamic: bool | None = None) -> nn.Module:
     """Without a graph break, as the stock model compiles."""
-    found = torch.compile(model, backend=backend, fullgraph=True)
+    found: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     assert isinstance(found, nn.Module)
     return found
 
@@ -99,7 +99,7 @@ def test_a_compiled_model_trains_like_the_eager_one(name: str, router: str, back
 @pytest.mark.parametrize(
     ("name", "router", "backend"),
     [
-        ("qwen", "bip", "aot_eager"),
+        slow("qwen", "bip", "aot_eager"),
         slow("gpt-oss", "topk", "aot_eager"),
         slow("deepseek", "loss-free", "inductor"),
     ],
@@ -137,7 +137,7 @@ def test_compiled_layers_under_checkpointing_count_once(router: str) -> None:
 def test_batches_of_other_sizes_compile_to_the_same_graph() -> None:
     """A length of its own for every batch would otherwise recompile the model for each."""
     model = swapped("loss-free", "qwen", training=True)
-    graph = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    graph = compiled(model, "aot_eager", dynamic=True)
     optimizer = sgd(model)
     handle = attach(optimizer, graph)
     sizes = [(2, 12), (3, 9), (4, 15), (2, 7)]

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_training_a_copy_leaves_the_original(copied: Copy, name: str, router: st
     before = state(original)
     other = copied(original)
     expect_same_bits(state(other), before)
-    assert torch.equal(logits(other.eval(), batch()), logits(original.eval(), batch()))
+    assert torch.equal(logits(other.train(False), batch()), logits(original.train(False), batch()))
     other.train()
     optimizer = sgd(other)
     handle = attach(optimizer, other)
@@ -95,6 +96,7 @@ def test_hooks_of_a_copy_serve_the_copy(copied: Copy) -> None:
     original = trained()
     other = copied(original)
     assert hooks(other) == hooks(original)
+    assert all(each.batch is None for each in routers(other).values())  # the tokens of the latest forward stay behind
     inputs = batch(padding="right")
     optimizer = sgd(other)
     handle = attach(optimizer, other)
@@ -112,6 +114,7 @@ def test_hooks_of_a_copy_serve_the_copy(copied: Copy) -> None:
 def test_the_stock_aux_loss_of_a_copy_counts_nothing(copied: Copy) -> None:
     original = trained()
     other = copied(original)
+    model: Any
     for model in (other, original):
         model.router_aux_loss_coef = 0.5
         plain = model(**batch()).loss
@@ -134,11 +137,11 @@ def test_a_copy_can_be_unswapped_alone(copied: Copy) -> None:
 
 
 def test_one_router_alone_can_be_copied() -> None:
-    original = next(iter(routers(trained()).values()))
+    original: Any = next(iter(routers(trained()).values()))
     other = copy.deepcopy(original)
     assert type(other) is type(original) and other.router is not original.router
     hidden_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
-    for one, two in zip(original.eval()(hidden_TD), other.eval()(hidden_TD), strict=True):
+    for one, two in zip(original.train(False)(hidden_TD), other.train(False)(hidden_TD), strict=True):
         assert torch.equal(one, two)
     original.weight.data.zero_()
     assert other(hidden_TD)[0].any()

@@ -9,6 +9,7 @@ from moerouters import attach, swap
 from .life import (
     CHECKPOINTING,
     LOUD,
+    Padding,
     batch,
     expect_close,
     expect_same_bits,
@@ -35,7 +36,7 @@ each_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTING)
         ("olmoe", "none", "right"),
     ],
 )
-def test_topk_gives_the_gradients_of_the_stock_model(name: str, checkpointing: str, padding: str) -> None:
+def test_topk_gives_the_gradients_of_the_stock_model(name: str, checkpointing: str, padding: Padding) -> None:
     stock, swapped = (tiny(name, train=True, checkpointing=checkpointing) for _ in range(2))
     swap(swapped, "topk")
     inputs = batch(padding=padding)

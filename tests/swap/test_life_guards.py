@@ -22,7 +22,7 @@ def replace_forward(model: PreTrainedModel) -> None:
     """As accelerate's add_hook_to_module does it."""
     gate = gates(model)[GATE]
     old = gate.forward
-    gate.forward = lambda *args, **kwargs: old(*args, **kwargs)  # type: ignore[assignment]
+    gate.forward = lambda *args, **kwargs: old(*args, **kwargs)
 
 
 def to_meta(model: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from .life import (
     gates,
     gradients,
     hooks,
+    in_dtype,
     logits,
     prepared,
     routers,
@@ -39,7 +40,7 @@ def test_routers_follow_the_mode_of_the_model() -> None:
     model = tiny("qwen", train=True)
     swap(model, "loss-free")
     assert all(each.router.training for each in routers(model).values())
-    model.eval()
+    model.train(False)
     assert not any(each.training or each.router.training for each in routers(model).values())
     swap(model, "bip")
     assert not any(each.router.training for each in routers(model).values())
@@ -56,14 +57,14 @@ def test_state_stays_float32(name: str, dtype: torch.dtype) -> None:
     optimizer = sgd(model)
     train(model, optimizer, [batch(0)], handle=attach(optimizer, model))
     before = {where: each.router.get_buffer("expert_bias_E").clone() for where, each in routers(model).items()}
-    model.to(dtype)
+    in_dtype(model, dtype)
     for where, each in routers(model).items():
         assert each.weight.dtype == dtype
         assert {buffer.dtype for name, buffer in each.router.named_buffers() if not name.endswith("_0")} == {
             torch.float32
         }
         assert torch.equal(each.router.get_buffer("expert_bias_E"), before[where])
-    assert logits(model.eval(), batch()).dtype == dtype
+    assert logits(model.train(False), batch()).dtype == dtype
     assert logits(model, batch()).isfinite().all()
 
 
@@ -72,7 +73,7 @@ def test_state_stays_float32(name: str, dtype: torch.dtype) -> None:
 def test_topk_follows_a_cast_that_comes_later(name: str, dtype: torch.dtype) -> None:
     stock, swapped = tiny(name), tiny(name)
     swap(swapped, "topk")
-    assert torch.equal(logits(swapped.to(dtype), batch()), logits(stock.to(dtype), batch()))
+    assert torch.equal(logits(in_dtype(swapped, dtype), batch()), logits(in_dtype(stock, dtype), batch()))
 
 
 def test_layers_may_have_different_routers() -> None:

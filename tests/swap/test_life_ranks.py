@@ -12,12 +12,7 @@ from .life import expect_close, expect_same_bits, routed_pairs, sgd, train
 from .life_ranks import CASES, STEPS, batch_of, everything, learned, swapped, weights
 
 pytestmark = pytest.mark.dist
-RUNS = [
-    ("-".join([kind, *case]), case)
-    for kind in ("fsdp", "ddp")
-    for case in CASES
-    if (kind, case[-1]) != ("ddp", "reentrant")
-]
+RUNS = [("-".join([kind, *case]), case) for kind in ("fsdp", "ddp") for case in CASES]
 each_run = pytest.mark.parametrize(("run", "case"), RUNS, ids=[run for run, _ in RUNS])
 Case = tuple[str, str, str]
 

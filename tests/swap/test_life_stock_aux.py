@@ -15,8 +15,9 @@ COEFFICIENT = 0.5
 
 
 def with_aux(name: str = "qwen") -> PreTrainedModel:
-    model = tiny(name, train=True)
+    model: Any = tiny(name, train=True)
     model.router_aux_loss_coef = model.config.router_aux_loss_coef = COEFFICIENT
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
@@ -71,7 +72,7 @@ def test_with_some_layers_swapped_the_others_are_pooled() -> None:
     plain = outputs(model, aux=False).loss
     found = outputs(model)
     mask = batch(padding="right")["attention_mask"]
-    pooled = load_balancing_loss_func(found.router_logits[1:], 8, 2, mask)
+    pooled: Any = load_balancing_loss_func(found.router_logits[1:], 8, 2, mask)
     assert torch.equal(found.aux_loss, pooled) and not torch.equal(found.aux_loss, stock.aux_loss)
     torch.testing.assert_close(found.loss, plain + COEFFICIENT * pooled)
     assert all(torch.equal(*pair) for pair in zip(found.router_logits, stock.router_logits, strict=True))
