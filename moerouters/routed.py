@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from moerouters.kernels.accumulate import accumulate_
 from moerouters.losses import LossMode, collect_loss, inject_losses
 from moerouters.router import Router
-from moerouters.trace import LayerTape
 from moerouters.types import Assignment, RouteContext
+
+if TYPE_CHECKING:
+    from moerouters.layer_tape import LayerTape
 
 
 class RunningStats:

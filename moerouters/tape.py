@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moerouters.errors import TraceError
 from moerouters.routed import RoutedModule
-from moerouters.trace import LayerTape, RoutingTrace, force, keep, read_tensors, smallest
+from moerouters.trace import RoutingTrace, force, keep, read_tensors, smallest
 from moerouters.types import Assignment, RouteContext
 
 _SCHEMA = "moerouters.tape/1"
@@ -110,6 +110,8 @@ def replay(
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[Tape]:
+    from moerouters.layer_tape import LayerTape
+
     layers, tape = _layers(model), Tape()
     for name, layer in layers.items():
         layer.tape = LayerTape(name)
@@ -127,6 +129,8 @@ def _recording(model: nn.Module) -> Iterator[Tape]:
 
 @contextmanager
 def _replaying(model: nn.Module, tape: Tape) -> Iterator[None]:
+    from moerouters.layer_tape import LayerTape
+
     layers = _layers(model)
     if layers.keys() != tape.expert_ids.keys():
         raise TraceError(

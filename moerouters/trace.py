@@ -7,7 +7,7 @@ repeated. A trace is a safetensors file of small integers, never a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
 from moerouters.errors import TraceError
-from moerouters.kernels.accumulate import inside_backward
 from moerouters.types import Assignment, RouteContext
 
 _SCHEMA = "moerouters.trace/1"
@@ -63,7 +62,7 @@ def read_tensors(path: str | Path, *, schema: str, what: str, fix: str) -> tuple
 
 def keep(assignments: Mapping[str, Assignment]) -> RoutingTrace:
     """Keep the ids of each layer's assignment, pairs as slots; a place that a capacity limit emptied stays empty."""
-    ids = {name: smallest(_slot_ids(a).cpu(), a.num_experts) for name, a in assignments.items()}
+    ids = {name: smallest(slot_ids(a).cpu(), a.num_experts) for name, a in assignments.items()}
     return RoutingTrace(expert_ids=ids, num_experts={name: a.num_experts for name, a in assignments.items()})
 
 
@@ -84,7 +83,7 @@ def force(
     return replace(ctx, forced_ids_TK=trace.expert_ids[layer].to(device=device, dtype=torch.int64))
 
 
-def _slot_ids(assignment: Assignment) -> Tensor:
+def slot_ids(assignment: Assignment) -> Tensor:
     """[T, K] with K as wide as the token with the most experts needs."""
     if assignment.kind is not AssignmentKind.PAIRS:
         return assignment.expert_ids
@@ -100,45 +99,3 @@ def smallest(ids: Tensor, num_experts: int) -> Tensor:
         if num_experts <= torch.iinfo(dtype).max:
             return ids.to(dtype)
     return ids
-
-
-class LayerTape:
-    """What one layer writes down, or reads, pass by pass. Given ids, it plays them; else it records."""
-
-    def __init__(self, layer: str, ids: Sequence[Tensor] | None = None) -> None:
-        self.ids: list[Tensor] = [] if ids is None else list(ids)
-        self._layer = layer
-        self._plays = ids is not None
-        self._passes = 0
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a list grows; recomputation is asked for at run time
-    def write(self, assignment: Assignment, num_sequences: int | None) -> None:
-        """Keep the ids of a pass, [B, S, K] if it had B sequences; those of a recomputation were kept before."""
-        if self._plays or inside_backward():
-            return
-        ids_TK = _slot_ids(assignment).detach()
-        B = num_sequences or 0
-        self.ids.append(ids_TK.reshape(B, -1, ids_TK.shape[1]) if B and ids_TK.shape[0] % B == 0 else ids_TK)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def context(self, ctx: RouteContext, *, num_tokens: int, device: torch.device) -> RouteContext:
-        """ctx with the ids of the next pass, or of the latest one in a recomputation."""
-        if not self._plays:
-            return ctx
-        if not inside_backward():
-            self._passes += 1
-        if self._passes > len(self.ids):
-            raise TraceError(
-                f"layer '{self._layer}' runs for the {self._passes}th time, but the tape has {len(self.ids)} passes.",
-                why="each pass takes the ids of one that was recorded",
-                fix="replay as many passes as were recorded; tape.joined() makes one of a rollout's",
-            )
-        ids = self.ids[self._passes - 1]
-        if ids.numel() != num_tokens * ids.shape[-1]:
-            raise TraceError(
-                f"layer '{self._layer}' routes {num_tokens} tokens, and the tape has ids for {ids.shape[:-1].numel()}.",
-                where=f"pass {self._passes} of shape {list(ids.shape)}",
-                why="every token needs the ids that were recorded for it",
-                fix="replay the batch that was recorded; the last token of a rollout was never routed",
-            )
-        return replace(ctx, forced_ids_TK=ids.reshape(num_tokens, -1).to(device=device, dtype=torch.int64))

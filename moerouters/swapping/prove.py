@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moerouters.builtin import TopKRouter
+from moerouters.router import Router
 from moerouters.swapping.adapters.base import Adapter
 from moerouters.swapping.module import install
 from moerouters.swapping.read import hidden_size, probe_like
@@ -18,6 +18,12 @@ from moerouters.swapping.stock import Stock
 from moerouters.swapping.understand import NotUnderstood
 
 _TOKENS = 64
+
+
+class _TopK(Router):
+    """What `topk` is; the plug-in itself is imported where it is named."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
 
 
 def prove(stock: Stock, reading: Reading, adapter: Adapter) -> None:
@@ -50,7 +56,7 @@ def _rebuilt(stock: Stock, tensors: Mapping[str, Tensor], reading: Reading, adap
         elif name in dict(module.named_buffers()):
             setattr(module.get_submodule(owner), leaf, tensor)
     copied = Stock(module, stock.block, handed_in=tensors)
-    router = TopKRouter(adapter.gating(reading, copied)).to(tensors[reading.projection.weight].device)
+    router = _TopK(adapter.gating(reading, copied)).to(tensors[reading.projection.weight].device)
     install(module, router, adapter, name="topk", hidden_size=hidden_size(stock))
     return copied
 
