@@ -80,7 +80,9 @@ class ModelGating(Gating):
     def __init__(self, reading: Reading, tensors: Tensors) -> None:
         super().__init__(settings_of(reading))
         self.reading = reading
+        self._weighs_scores = type(self).weigh_full is ModelGating.weigh_full
         self._scaled = any(step.kind == "scaled" for step in reading.finish)
+        self._casts = any(step.kind == "cast" for step in reading.finish)
         object.__setattr__(self, "tensors", tensors)  # it may hold the stock module, which must not become a child
         # Without elements: they follow the model's casts, and say what `own` means.
         self.register_buffer("own_0", tensors(reading.projection.weight).new_empty(0), persistent=False)
@@ -147,9 +149,10 @@ class ModelGating(Gating):
 
     def choose(self, scores_TE: Tensor, adjusted_TE: Tensor) -> tuple[Tensor, Tensor]:
         """([T, K] weights, [T, K] ids) of the best adjusted scores, where every token finds K experts."""
-        limited_TE = self.limit(adjusted_TE)
-        best_TK, ids_TK = limited_TE.topk(self.top_k, dim=-1, sorted=self.reading.sorted)
-        if limited_TE is scores_TE and type(self).weigh_full is ModelGating.weigh_full:
+        reading = self.reading
+        limited_TE = adjusted_TE if reading.groups is None else self.limit(adjusted_TE)
+        best_TK, ids_TK = limited_TE.topk(reading.top_k, dim=-1, sorted=reading.sorted)
+        if limited_TE is scores_TE and self._weighs_scores:
             return self._finish(best_TK, ids_TK), ids_TK  # nothing moved selection: what was best is what weighs
         return self.weigh_full(scores_TE, ids_TK), ids_TK
 
@@ -174,7 +177,8 @@ class ModelGating(Gating):
             weights_TK = cast(weights_TK, self._dtype(dtype))
             weights_TK = weights_TK.softmax(dim=-1) if function == "softmax" else weights_TK.sigmoid()
         if not self._scaled:
-            return _wide(run(reading.finish, weights_TK, own=self.own_0.dtype))
+            own = self.own_0.dtype if self._casts else torch.float32
+            return _wide(run(reading.finish, weights_TK, own=own))
         for step in reading.finish:
             if step.kind == "scaled":
                 factor = self.tensors(step.parameter)

@@ -7,6 +7,7 @@ subclass of its own. So recorders, weight loading, `isinstance` and whoever hold
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -80,8 +81,10 @@ class SwappedRouter(RoutedModule):
             bias_E = self.router.bias_E(scores_TE, _ANY)
             assert bias_E is not None
             return gating.choose(scores_TE, gating.corrected(scores_TE) + bias_E)
-        valid_T = logits_TE.new_ones(logits_TE.shape[0], dtype=torch.bool)
-        _, adjusted_TE = self.router._adjusted(scores_TE, RouteContext(valid_T=valid_T, hidden_TD=hidden_TD))
+        ctx = self._context(logits_TE.shape[0], hidden_TD)
+        if ctx.valid_T is None:
+            ctx = replace(ctx, valid_T=logits_TE.new_ones(logits_TE.shape[0], dtype=torch.bool))
+        _, adjusted_TE = self.router._adjusted(scores_TE, ctx)
         return gating.choose(scores_TE, adjusted_TE)
 
     def _context(self, num_tokens: int, hidden_TD: Tensor | None) -> RouteContext:

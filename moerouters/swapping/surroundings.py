@@ -31,9 +31,15 @@ class Surroundings:
         return found
 
     def renew(self, model: nn.Module, *, keep_stock_aux: bool) -> None:
-        """Put hooks around the routers that are swapped now; none are left where there is none."""
-        for hook in self._hooks:
-            hook.remove()
+        """Put hooks around the routers that are swapped now; none are left where there is none.
+
+        Those of a part of the model, which was swapped as a model of its own, make way for the whole model's.
+        """
+        for part in model.modules():
+            earlier = part.__dict__.pop(_NAME, None)
+            for hook in () if earlier is None else earlier._hooks:
+                hook.remove()
+        model.__dict__[_NAME] = self
         self._hooks = []
         for base in _innermost(model):
             routers = {name: each for name, each in base.named_modules() if isinstance(each, SwappedRouter)}
