@@ -118,18 +118,19 @@ class SwappedRouter(RoutedModule):
         served_E = self._served_bias()
         if served_E is not None:
             stock_E = self._stock_correction()
-            stock_E.copy_((self.gating.correction_bias_E + served_E).reshape(stock_E.shape))
+            _fill(stock_E, (self.gating.correction_bias_E + served_E).reshape(stock_E.shape))
 
     @torch.no_grad()
     def _take_correction(self) -> None:
         """After a checkpoint was loaded: the model's own part is what it holds, less what the router has learned."""
         if self.gating.reading.correction_bias is None:
             return
-        stock_E, own_E, served_E = self._stock_correction(), self.gating.correction_bias_E, self._served_bias()
+        own_E, served_E = self.gating.correction_bias_E, self._served_bias()
+        stock_E = _whole(self._stock_correction()).reshape(own_E.shape)
         if served_E is None:
-            own_E.copy_(stock_E.reshape(own_E.shape))
-        elif not torch.equal((own_E + served_E).to(stock_E.dtype), stock_E.reshape(own_E.shape)):
-            own_E.copy_(stock_E.reshape(own_E.shape) - served_E)
+            own_E.copy_(stock_E)
+        elif not torch.equal((own_E + served_E).to(stock_E.dtype), stock_E):
+            own_E.copy_(stock_E - served_E)
 
     def _stock_correction(self) -> Tensor:
         name = self.gating.reading.correction_bias
@@ -143,6 +144,24 @@ class SwappedRouter(RoutedModule):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles: a class made at run time has no name that pickle could import."""
         return _blank, (self.stock_class,), self.__dict__ | {"batch": None}
+
+
+# Some models keep their correction bias as a frozen parameter (Ernie 4.5, Laguna), which FSDP2 shards with the others.
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    sharded: Any = tensor
+    return sharded.full_tensor() if hasattr(sharded, "full_tensor") else tensor
+
+
+def _fill(target: Tensor, values: Tensor) -> None:
+    """target.copy_(values), the same values on every rank."""
+    sharded: Any = target
+    if hasattr(sharded, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(target.dtype), sharded.device_mesh, sharded.placements)
+    target.copy_(values)
 
 
 def served_bias(router: Router) -> Tensor | None:

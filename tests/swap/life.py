@@ -15,6 +15,7 @@ from .zoo import TEXT_TOKENS, RouterClass, tiny_model
 from .zoo_configs import CHOSEN
 
 MODELS = {
+    "ernie": RouterClass("Ernie4_5_MoeTopKRouter", "ernie4_5_moe"),
     "deepseek": RouterClass("DeepseekV3TopkRouter", "deepseek_v3"),
     "gpt-oss": RouterClass("GptOssTopKRouter", "gpt_oss"),
     "minimax": RouterClass("MiniMaxM2TopKRouter", "minimax_m2"),
