@@ -23,18 +23,6 @@ from .zoo import RouterClass, tiny_model
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(qwen(), tmp_path_factory.mktemp("models") / "tiny-qwen")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "times.txt"
-    path.write_bytes(TEXT)
-    return path
-
-
 def inspect(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["inspect", *map(str, arguments)])
 

@@ -22,24 +22,12 @@ from moerouters.inspecting.recording import record_logits
 from moerouters.swapping.module import SwappedRouter
 from moerouters.swapping.reading import Projection, Reading
 
-from .checkpoints import TEXT, build, deepseek, qwen, saved, windows
+from .checkpoints import TEXT, build, deepseek, windows
 from .life import batch, prepared, tiny
 from .zoo import RouterClass, tiny_inputs, tiny_model
 
 TOKENS = 4000
 EXPERTS, CHOSEN = 8, 2
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(qwen(), tmp_path_factory.mktemp("models") / "tiny-qwen")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "times.txt"
-    path.write_bytes(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")
