@@ -19,15 +19,17 @@ from moerouters.routed import RoutedModule
 from moerouters.router import Router
 from moerouters.swapping.adapters.base import Adapter
 from moerouters.swapping.batch import Batch
-from moerouters.swapping.gating import ModelGating
+from moerouters.swapping.gating import ModelGating, cast
 from moerouters.types import RouteContext
 
 _ANY = RouteContext(valid_T=torch.ones(0, dtype=torch.bool))
 """For a bias that does not depend on the batch."""
 
+_NO_SCORES = torch.empty(0)
+
 _ADDED = (
     *("router", "router_name", "gating", "adapter", "batch", "tape", "running", "loss_mode"),
-    *("_num_losses", "_lean", "_state_bias"),
+    *("_num_losses", "_lean", "_state_bias", "_straight"),
 )
 """Attributes that a swapped router has beside the stock one's."""
 
@@ -45,6 +47,8 @@ class SwappedRouter(RoutedModule):
     """Whether it selects as the template does."""
     _state_bias: bool
     """Whether all it adds to scores in eval, if anything, is the same bias for every batch."""
+    _straight: bool
+    """Whether the gating's `serve` gives all that the stock router hands out in eval."""
     batch: Batch | None
     """What BatchHooks says of this forward."""
 
@@ -52,6 +56,16 @@ class SwappedRouter(RoutedModule):
     """Keeps `kernelize` from replacing forward: the stock class may name a kernel, and subclasses inherit that."""
 
     def forward(self, hidden_states: Tensor, *handed_in: Any, **named: Any) -> Any:
+        if self._straight and not self.training and self.tape is None:
+            gating = self.gating
+            bias_E = None
+            if not gating.exact:
+                router: Any = self._modules["router"]  # by attribute it takes 1 us, see `gating`
+                bias_E = router.bias_E(_NO_SCORES, _ANY)
+            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+            logits_TE, weights_TK, ids_TK = gating.serve(hidden_TD, bias_E)
+            dtype = self.adapter.weights_dtype(gating, hidden_TD, logits_TE)
+            return logits_TE, cast(weights_TK, dtype), ids_TK
         return self.adapter.forward(self, hidden_states, *handed_in, **named)
 
     def route(self, logits_TE: Tensor, hidden_TD: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -224,6 +238,8 @@ def install(module: nn.Module, router: Router, adapter: Adapter, *, name: str, h
     leaves_scores = all(getattr(type(router), stage) is getattr(Router, stage) for stage in ("bias_E", "adjust"))
     module._state_bias = served_bias(router) is not None
     module.gating.exact = module._lean and leaves_scores
+    served = module.gating.exact or (module._lean and module._state_bias)
+    module._straight = type(adapter) is Adapter and module.gating.straight and served
     if module.gating.reading.correction_bias is not None:
         module._take_correction()
     return module

@@ -43,7 +43,7 @@ class LossFreeRouter(Router):
         return self.expert_scale_E if self.config.rule == "multiplicative" else self.expert_bias_E
 
     def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor | None:
-        return None if self.config.rule == "multiplicative" else self._state_E
+        return None if self.config.rule == "multiplicative" else self.expert_bias_E
 
     def adjust(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
         return scores_TE * self._state_E if self.config.rule == "multiplicative" else scores_TE

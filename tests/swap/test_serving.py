@@ -1,0 +1,31 @@
+"""The short way through a router in eval mode gives the bits of the long one."""
+
+import pytest
+import torch
+
+from moerouters import swap
+
+from .life import MODELS, in_dtype, routers, tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("chosen_by", ["topk", "loss-free"])
+def test_serving_straight_changes_no_bit(name: str, dtype: torch.dtype, chosen_by: str) -> None:
+    model = tiny(name)
+    swap(model, chosen_by)
+    in_dtype(model, dtype)
+    for router in routers(model).values():
+        assert router._straight, "the short way is not taken, so this would compare the long one with itself"
+        if chosen_by == "loss-free":
+            router.router.get_buffer("expert_bias_E").uniform_(-0.3, 0.3)
+            router.learned()
+        weight = router.gating.tensors(router.gating.reading.projection.weight)
+        hidden = torch.randn(1, 33, weight.shape[1]).to(weight.dtype)
+        with torch.no_grad():
+            short = router(hidden)
+            router._straight = False
+            long = router(hidden)
+        for have, want in zip(short, long, strict=True):
+            assert have.dtype == want.dtype
+            assert torch.equal(have, want)
