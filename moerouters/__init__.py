@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moerouters.registry import API_VERSION, RouterConfig, RouterSpec, available, build, hookimpl, info
     from moerouters.router import Router
     from moerouters.router_state import load_router_state, save_router_state
+    from moerouters.sharding import expert_parameters, shard_experts
     from moerouters.swapping import SwapRecord, swap, unswap
     from moerouters.tape import Tape, record, replay
     from moerouters.trace import RoutingTrace
@@ -48,6 +49,7 @@ _HOMES = {
     "attach": "handle",
     "available": "registry",
     "build": "registry",
+    "expert_parameters": "sharding",
     "hookimpl": "registry",
     "info": "registry",
     "limit_capacity": "capacity",
@@ -55,6 +57,7 @@ _HOMES = {
     "record": "tape",
     "replay": "tape",
     "save_router_state": "router_state",
+    "shard_experts": "sharding",
     "swap": "swapping",
     "unswap": "swapping",
 }
@@ -82,6 +85,7 @@ __all__ = [
     "attach",
     "available",
     "build",
+    "expert_parameters",
     "hookimpl",
     "info",
     "limit_capacity",
@@ -89,6 +93,7 @@ __all__ = [
     "record",
     "replay",
     "save_router_state",
+    "shard_experts",
     "swap",
     "unswap",
 ]

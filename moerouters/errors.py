@@ -62,3 +62,7 @@ class UnsupportedError(MoeroutersError, NotImplementedError):
 
 class TraceError(MoeroutersError, ValueError):
     """A recorded trace does not fit the model that replays it."""
+
+
+class DispatchError(MoeroutersError, RuntimeError):
+    """Tokens could not be exchanged between ranks: one of them died, hangs, or disagrees on what is sent."""

@@ -1,7 +1,7 @@
 """A mixture-of-experts layer on one page.
 
 x_TD --gate--> logits_TE --router--> Assignment --plan--> DispatchPlan
-     --dispatch--> x_RD --experts--> y_RD --combine--> y_TD
+     --dispatch--> x_RD --experts--> y_RD --combine--> y_TD       (from the plan on: moerouters/dispatch/run.py)
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from moerouters.autocast import no_autocast
 from moerouters.capacity import DropPolicy, limit_capacity
 from moerouters.dispatch.base import Dispatcher
 from moerouters.dispatch.local import LocalDispatcher
-from moerouters.dispatch.plan import make_plan
-from moerouters.errors import ShapeError
+from moerouters.dispatch.run import through_experts
+from moerouters.errors import ConfigError, ShapeError
 from moerouters.experts import Activation, GroupedExperts
 from moerouters.losses import LossMode
 from moerouters.routed import RoutedModule
@@ -42,7 +42,8 @@ class MoELayer(RoutedModule):
 
     loss_mode: `collect` hands the router's losses out in the assignment, `inject` feeds them to the backward pass (see
     `moerouters.losses`). capacity_factor: None drops nothing; c keeps ceil(c * T * K / E) tokens per expert.
-    shared_size: width of a shared expert that sees every token; 0 for none.
+    shared_size: width of a shared expert that sees every token; 0 for none. dispatcher: how tokens reach experts; if
+    that is over several ranks, this layer holds the experts of this rank (see `moerouters.expert_parallel`).
     """
 
     def __init__(
@@ -61,18 +62,19 @@ class MoELayer(RoutedModule):
         super().__init__()
         num_experts = router.gating.num_experts
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.experts = GroupedExperts(
-            num_experts, hidden_size=hidden_size, expert_size=expert_size, activation=activation
+            num_experts // dispatcher.num_ranks, hidden_size=hidden_size, expert_size=expert_size, activation=activation
         )
         self.shared = (
             GroupedExperts(1, hidden_size=hidden_size, expert_size=shared_size, activation=activation)
             if shared_size
             else None
         )
-        self.dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.capacity_factor = capacity_factor
         self.drop_policy: DropPolicy = drop_policy
         self._set_router(router, hidden_size=hidden_size, loss_mode=loss_mode)
+        self.set_dispatcher(dispatcher)
 
     def forward(self, x: Tensor, ctx: RouteContext = RouteContext()) -> MoEOutput:
         if x.shape[-1] != self.gate.in_features:
@@ -86,17 +88,44 @@ class MoELayer(RoutedModule):
 
         logits_TE = self._logits(x_TD, ctx.valid_T)
         assignment = self._assign(logits_TE, ctx)
-        if self.capacity_factor is not None:
-            assignment = limit_capacity(assignment, self._capacity(x_TD.shape[0]), self.drop_policy)
+        capacity = self._capacity(x_TD.shape[0])
+        if capacity is not None:
+            assignment = limit_capacity(assignment, capacity, self.drop_policy)
         assignment = self._account(assignment)
-        plan = make_plan(assignment)
-        x_RD, load_e = self.dispatcher.dispatch(x_TD, plan)
-        y_RD = self.experts(x_RD, load_e)
-        y_TD = self.dispatcher.combine(y_RD, plan, assignment.weights)
-        if self.shared is not None:
-            everything = torch.full((1,), x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
-            y_TD = y_TD + self.shared(x_TD, everything)
+        y_TD = self._through_experts(
+            self.dispatcher,
+            x_TD,
+            assignment,
+            self.experts,
+            capacity=capacity,
+            chunks=self.chunks,
+            beside=None if self.shared is None else self._shared,
+        )
         return MoEOutput(y_TD.to(x.dtype).reshape(x.shape), assignment)
+
+    def set_dispatcher(self, dispatcher: Dispatcher, *, chunks: int = 1) -> None:
+        """Let tokens travel by `dispatcher`, in `chunks` parts. The experts stay as they are: they must be those that
+        live on this rank. Raises ConfigError where their number cannot be."""
+        num_experts, here = self.router.gating.num_experts, self.experts.up_eFD.shape[0]
+        if here * dispatcher.num_ranks != num_experts:
+            raise ConfigError(
+                f"the layer holds {here} experts, the dispatcher reaches {dispatcher.num_ranks} ranks, and the router "
+                f"chooses among {num_experts}.",
+                why="every rank of the group holds num_experts / ranks experts",
+                fix="let moerouters.expert_parallel(model, group) split the experts and set the dispatcher",
+            )
+        self.dispatcher, self.chunks = dispatcher, chunks
+        self._through_experts = through_experts
+        if dispatcher.num_ranks > 1:
+            from moerouters.dispatch.eager import through_experts_eager
+
+            self._through_experts = through_experts_eager
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared is not None
+        everything = torch.full((1,), x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
+        y_TD: Tensor = self.shared(x_TD, everything)
+        return y_TD
 
     def _logits(self, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
         """The gate projection in float32 (float64 for float64), also under autocast: bf16 logits tie and flip ids."""
@@ -111,8 +140,9 @@ class MoELayer(RoutedModule):
         yield from self.gate.parameters()
         yield from self.router.parameters()
 
-    def _capacity(self, num_tokens: int) -> int:
-        assert self.capacity_factor is not None
+    def _capacity(self, num_tokens: int) -> int | None:
+        if self.capacity_factor is None:
+            return None
         gating = self.router.gating
         return math.ceil(self.capacity_factor * num_tokens * gating.top_k / gating.num_experts)
 

@@ -63,10 +63,11 @@ def test_there_and_back(kind: AssignmentKind, tokens: int) -> None:
     x_TD = torch.randn(tokens, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weights = assignment.weights.clone().requires_grad_()
 
-    x_RD, load_e = local.dispatch(x_TD, plan)
+    arrival = local.dispatch(x_TD, plan).wait()
+    x_RD, load_e = arrival.x_RD, arrival.load_e
     experts_R = torch.repeat_interleave(torch.arange(E), load_e)
     scale_R1 = torch.cat([experts_R + 1, torch.zeros(len(x_RD) - len(experts_R))]).unsqueeze(1)
-    y_TD = local.combine(x_RD * scale_R1, plan, weights)
+    y_TD = local.combine(x_RD * scale_R1, arrival, weights).wait()
 
     rows = [torch.zeros(D, dtype=torch.float64) for _ in range(tokens)]
     token_ids, expert_ids, _ = assignment.pairs()
@@ -89,10 +90,11 @@ def test_combining_happens_in_the_dtype_of_the_weights() -> None:
     """Also under autocast, whose batched matrix product would round the weights to bfloat16."""
     assignment = assignment_of(AssignmentKind.SLOTS, 9)
     weights = assignment.weights.float()
-    plan, local = make_plan(assignment), LocalDispatcher()
+    local = LocalDispatcher()
+    arrival = local.dispatch(torch.zeros(9, D), make_plan(assignment)).wait()
     y_RD = torch.randn(18, D, generator=torch.Generator().manual_seed(0)).bfloat16()
-    outside = local.combine(y_RD, plan, weights)
+    outside = local.combine(y_RD, arrival, weights).wait()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = local.combine(y_RD, plan, weights)
+        inside = local.combine(y_RD, arrival, weights).wait()
     assert outside.dtype == inside.dtype == torch.float32
     assert torch.equal(inside, outside)

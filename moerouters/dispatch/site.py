@@ -1,0 +1,70 @@
+"""Site: where an exchange happens - rank, layer, back-end - so that its failure can be told from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from moerouters.errors import ConfigError, DispatchError
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One layer's end of a process group. Copies of a layer share it: a group cannot be copied."""
+
+    group: dist.ProcessGroup
+    layer: str = ""
+    """Name of the layer in its model, for messages."""
+    backend: str = ""
+    """Name of the dispatcher, for messages."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """Of this process within the group."""
+        return self.group.rank()
+
+    def experts_here(self, num_experts: int) -> slice:
+        """The block of experts that lives on this rank. Raises ConfigError where ranks would hold unequal numbers."""
+        if num_experts % self.num_ranks:
+            raise ConfigError(
+                f"{num_experts} experts cannot be split over {self.num_ranks} ranks.",
+                where=str(self),
+                why="every rank of the group holds the same number of experts",
+                fix="take a group whose size divides the number of experts",
+            )
+        count = num_experts // self.num_ranks
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    @contextmanager
+    def guarded(self, doing: str) -> Iterator[None]:
+        """Turn what a collective raises into a DispatchError that names this site."""
+        try:
+            yield
+        except DispatchError:
+            raise
+        except RuntimeError as error:
+            raise self.failed(doing, error) from error
+
+    def failed(self, doing: str, error: Exception) -> DispatchError:
+        """What to raise when a collective failed."""
+        return DispatchError(
+            f"{doing} failed on {self}.",
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix="look for the rank that raised, was killed or is late: its own output says why; this one only waited",
+        )
+
+    def __str__(self) -> str:
+        layer = f", layer '{self.layer}'" if self.layer else ""
+        backend = f", back-end '{self.backend}'" if self.backend else ""
+        return f"rank {self.rank} of {self.num_ranks}{layer}{backend}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        return self

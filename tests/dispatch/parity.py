@@ -1,0 +1,202 @@
+"""One expert-parallel step on several ranks against a loop over pairs in one process, in float64.
+
+A `Case` is small and picklable; each rank makes its own part of it. `compare` runs on every rank of the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from moerouters import Gating, MoELayer, RouteContext, shard_experts
+from moerouters.builtin import TopKRouter
+
+LIMIT = 1e-10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of a layer. Ranks of the pool form groups of `group_size` neighbours, each a world of its own."""
+
+    dispatcher: str
+    tokens: tuple[int, ...]
+    """Per rank of a group; for a replicated back-end all alike."""
+    num_experts: int = 8
+    top_k: int = 2
+    load: str = "even"
+    """`even`: random ids; `one_expert`: all first choices at expert 0; `half`: the upper half of experts gets none;
+    `holes`: every third place is empty."""
+    capacity_factor: float | None = None
+    shared: bool = False
+    chunks: int = 1
+    dtype: torch.dtype = field(default=torch.float64)
+    seed: int = 0
+
+    @property
+    def group_size(self) -> int:
+        return len(self.tokens)
+
+
+WIDTH, EXPERT_WIDTH = 6, 5
+
+
+def forced_ids(case: Case, member: int) -> Tensor:
+    """int64 [T, K] of one member of the group."""
+    random = torch.Generator().manual_seed(1000 * case.seed + member)
+    T, E, K = case.tokens[member], case.num_experts, case.top_k
+    candidates = E // 2 if case.load == "half" else E
+    ids_TK = torch.rand(T, candidates, generator=random).topk(K, dim=-1).indices
+    if case.load == "one_expert":
+        ids_TK = torch.where(ids_TK == 0, ids_TK[:, :1], ids_TK)
+        ids_TK[:, 0] = 0
+    if case.load == "holes":
+        ids_TK = ids_TK.reshape(-1).index_fill(0, torch.arange(0, T * K, 3), E).reshape(T, K)
+    return ids_TK
+
+
+def hidden(case: Case, member: int) -> Tensor:
+    random = torch.Generator().manual_seed(77 * case.seed + member)
+    x_TD = torch.randn(case.tokens[member], WIDTH, generator=random, dtype=torch.float64)
+    return x_TD.to(case.dtype).requires_grad_()
+
+
+def pull(case: Case, member: int) -> Tensor:
+    """What the output is multiplied with to give the loss: it makes every element's gradient different."""
+    random = torch.Generator().manual_seed(99 * case.seed + member)
+    return torch.randn(case.tokens[member], WIDTH, generator=random, dtype=torch.float64)
+
+
+def layer_of(case: Case) -> MoELayer:
+    """The same weights in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(case.seed)
+        layer = MoELayer(
+            TopKRouter(Gating.softmax(case.num_experts, case.top_k)),
+            hidden_size=WIDTH,
+            expert_size=EXPERT_WIDTH,
+            shared_size=4 if case.shared else 0,
+            capacity_factor=case.capacity_factor,
+        )
+    return layer.to(case.dtype)
+
+
+@cache
+def group_of(size: int) -> dist.ProcessGroup:
+    """The group of `size` neighbours that this rank is in. Every rank of the pool calls it."""
+    mine: Any = None
+    for first in range(0, dist.get_world_size(), size):
+        ranks = list(range(first, min(first + size, dist.get_world_size())))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
+
+
+def step(rank: int, case: Case) -> dict[str, Tensor]:
+    """Outputs and gradients of this rank: x, gate summed over the group, this rank's experts."""
+    group = group_of(case.group_size)
+    member = group.rank()
+    layer = shard_experts(layer_of(case), group, dispatcher=case.dispatcher, chunks=case.chunks)
+    x_TD = hidden(case, member)
+    ctx = RouteContext(forced_ids_TK=forced_ids(case, member))
+    y_TD = layer(x_TD, ctx).hidden
+    (y_TD.double() * pull(case, member)).sum().backward()
+    return found(layer, x_TD, y_TD, group)
+
+
+def found(layer: MoELayer, x_TD: Tensor, y_TD: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    result = {"y": y_TD.detach(), "x.grad": _grad(x_TD)}
+    for name, parameter in layer.named_parameters():
+        gradient = _grad(parameter)
+        if not name.startswith("experts.") and not layer.dispatcher.replicated:
+            dist.all_reduce(gradient, group=group)
+        result[f"{name}.grad"] = gradient
+    return result
+
+
+def oracle(case: Case) -> list[dict[str, Tensor]]:
+    """What `step` should give on each member: token by token, pair by pair, plain autograd, in one process."""
+    layer = layer_of(case)
+    E = case.num_experts
+    replicated = case.dispatcher == "tensor_sliced"
+    members = range(1 if replicated else case.group_size)
+    xs, ys = [hidden(case, m) for m in members], []
+    loss = torch.zeros((), dtype=torch.float64)
+    for member, x_TD in zip(members, xs, strict=True):
+        weights_TK, ids_TK = routed(layer, x_TD, forced_ids(case, member))
+        ys.append(by_loop(layer, x_TD, weights_TK, ids_TK))
+        loss = loss + (ys[-1].double() * pull(case, member)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    results = []
+    for member in range(case.group_size):
+        part = slice(member * E // case.group_size, (member + 1) * E // case.group_size)
+        source = 0 if replicated else member
+        result = {"y": ys[source].detach(), "x.grad": _grad(xs[source])}
+        for name, parameter in layer.named_parameters():
+            gradient = _grad(parameter)
+            result[f"{name}.grad"] = gradient[part] if name.startswith("experts.") else gradient
+        results.append(result)
+    return results
+
+
+def routed(layer: MoELayer, x_TD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and ids of the chosen, after capacity in order of choice, then of token."""
+    gating = layer.router.gating
+    E = gating.num_experts
+    wide = x_TD.double() if x_TD.dtype == torch.float64 else x_TD.float()
+    weights_TK = gating.weigh(gating.score(wide @ layer.gate.weight.to(wide.dtype).t()), ids_TK)
+    ids_TK = ids_TK.clone()
+    capacity = layer._capacity(len(x_TD))
+    if capacity is not None:
+        room = [capacity] * E
+        for slot in range(ids_TK.shape[1]):
+            for token in range(len(x_TD)):
+                expert = int(ids_TK[token, slot])
+                if expert < E and room[expert] == 0:
+                    ids_TK[token, slot] = E
+                elif expert < E:
+                    room[expert] -= 1
+    return weights_TK.masked_fill(ids_TK == E, 0), ids_TK
+
+
+def by_loop(layer: MoELayer, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    rows = []
+    for token in range(len(x_TD)):
+        y_D = x_TD.new_zeros(WIDTH, dtype=weights_TK.dtype)
+        for weight, expert in zip(weights_TK[token], ids_TK[token].tolist(), strict=True):
+            if expert < layer.router.gating.num_experts:
+                experts = layer.experts
+                y_D = y_D + weight * ffn(x_TD[token], experts.up_eFD[expert], experts.down_eDF[expert])
+        if layer.shared is not None:
+            y_D = y_D + ffn(x_TD[token], layer.shared.up_eFD[0], layer.shared.down_eDF[0])
+        rows.append(y_D)
+    return (torch.stack(rows) if rows else x_TD).to(x_TD.dtype)
+
+
+def ffn(x_D: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    gate_F, up_F = (up_FD @ x_D).chunk(2)
+    return down_DF @ (F.silu(gate_F) * up_F)
+
+
+def _grad(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.detach().clone()
+
+
+def expect_parity(case: Case, results: list[dict[str, Tensor]], *, limit: float = LIMIT) -> None:
+    """`results` of every rank of the pool; each group of them is one run of the case."""
+    expected = oracle(case)
+    for rank, result in enumerate(results):
+        if rank // case.group_size >= len(results) // case.group_size:
+            continue  # ranks left over
+        for name, want in expected[rank % case.group_size].items():
+            have = result[name]
+            assert have.shape == want.shape, f"rank {rank}, {name}: {tuple(have.shape)}, not {tuple(want.shape)}"
+            apart = (have.double() - want.double()).abs()
+            assert bool((apart <= limit * (1 + want.double().abs())).all()), f"rank {rank}, {name}: {apart.max()} apart"
