@@ -4,6 +4,8 @@ A hook on the model that is called with `attention_mask` makes a Batch and adds 
 decoder layers pass on to their attention. There another hook takes it out again and gives it to the layer's router. So
 it comes by the same way in the first pass and in the recomputation of activation checkpointing, and it survives
 torch.compile. Where a layer does not pass keywords on, routers keep the Batch of the latest forward.
+
+Where a layer splits its tokens between routers, their adapter says how, and each gets the Batch of its own tokens.
 """
 
 from __future__ import annotations
@@ -11,18 +13,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moerouters.types import RouteContext
 
+if TYPE_CHECKING:
+    from moerouters.swapping.module import SwappedRouter
+
+    Placed = tuple[SwappedRouter, str | None]
+    """A router, and which part of the tokens it sees."""
+
 KEY = "moerouters_batch"
 
 
 class Batch(NamedTuple):
-    """One call of the model: B sequences of S tokens."""
+    """One call of the model: B sequences of S tokens, or those of them that a layer sends to one of its routers."""
 
     valid_BS: Tensor | None
     """bool, False for padding; None where nothing is padded or the mask is not [B, S]."""
@@ -31,29 +39,47 @@ class Batch(NamedTuple):
     length: int
     noise_key: Tensor | None
     """int64 [1], which pass this is; training only."""
+    index_T: Tensor | None = None
+    """int64, ascending: the router's tokens among the B * S; None for all."""
+    tells_sequences: bool = True
+    """Whether routers learn which sequence a token belongs to."""
+    parts: dict[str, Batch] | None = None
+    """The tokens of routers that do not see all, by the part that adapters name."""
+
+    def of(self, part: str | None) -> Batch:
+        """What routers of that part see: all tokens, unless this call was split."""
+        return self if part is None or self.parts is None else self.parts.get(part, self)
 
     def context(self, num_tokens: int, hidden_TD: Tensor | None) -> RouteContext:
-        """For a router that sees all B * S tokens in their order; one that sees others is told nothing."""
-        if num_tokens != self.size * self.length:
+        """For a router that sees these tokens in their order, row by row; one that sees others is told nothing."""
+        if num_tokens != (self.size * self.length if self.index_T is None else self.index_T.shape[0]):
             return RouteContext(hidden_TD=hidden_TD)
         device = None if hidden_TD is None else hidden_TD.device
         rows_B1 = torch.arange(self.size, device=device).unsqueeze(1)
         return RouteContext(
-            valid_T=None if self.valid_BS is None else self.valid_BS.reshape(-1),
-            sequence_ids_T=rows_B1.expand(self.size, self.length).reshape(-1),
-            num_sequences=self.size,
-            token_ids_T=None if self.token_ids_BS is None else self.token_ids_BS.reshape(-1),
+            valid_T=self._chosen(self.valid_BS),
+            sequence_ids_T=self._chosen(rows_B1.expand(self.size, self.length)) if self.tells_sequences else None,
+            num_sequences=self.size if self.tells_sequences else None,
+            token_ids_T=self._chosen(self.token_ids_BS),
             hidden_TD=hidden_TD,
             noise_key=self.noise_key,
         )
+
+    def _chosen(self, values_BS: Tensor | None) -> Tensor | None:
+        """[T] of [B, S]."""
+        if values_BS is None:
+            return None
+        values_T = values_BS.reshape(-1)
+        return values_T if self.index_T is None else values_T[self.index_T]
 
 
 class BatchHooks:
     """The hooks of one model that is called with an attention mask, and of its layers that hold swapped routers."""
 
-    def __init__(self, base: nn.Module, routers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, base: nn.Module, routers: Mapping[str, SwappedRouter]) -> None:
         """`routers` by their names inside `base`; each gets a `batch`."""
-        self._routers = list(routers.values())
+        self._placed = [(router, router.adapter.part(name)) for name, router in routers.items()]
+        self._splitters = list(dict.fromkeys(router.adapter for router, part in self._placed if part is not None))
         self._passes = torch.zeros(1, dtype=torch.int64)
         parameters = inspect.signature(base.forward).parameters
         self._names = list(parameters)
@@ -74,8 +100,9 @@ class BatchHooks:
     def _enter(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         batch = self._batch(given, training=base.training)
-        for router in self._routers:
-            router.batch = batch  # type: ignore[assignment]  # a plain attribute, no module
+        for router, part in self._placed:
+            # Without a look at the one before, which a compiled model would have to guard against.
+            router.batch = None if batch is None else batch.of(part)
         return args, kwargs | {KEY: batch} if self._passes_on and batch is not None else kwargs
 
     def _batch(self, given: dict[str, Any], *, training: bool) -> Batch | None:
@@ -93,27 +120,42 @@ class BatchHooks:
         if training:
             self._passes = self._passes.to(shaped.device) + 1
             noise_key = self._passes
-        return Batch(valid_BS, token_ids_BS, B, S, noise_key)
+        batch = Batch(valid_BS, token_ids_BS, B, S, noise_key)
+        return batch._replace(parts=self._parts(batch, given)) if self._splitters else batch
+
+    def _parts(self, batch: Batch, given: dict[str, Any]) -> dict[str, Batch]:
+        """The Batch of every part into which layers split the tokens of this call."""
+        # A tape cuts the tokens of n sequences into n rows of one length, and a part of them need not have that form.
+        taped = any(router.tape is not None for router, _ in self._placed)
+        found = {}
+        for adapter in self._splitters:
+            for part, chosen_BS in adapter.split(given).items():
+                if chosen_BS.shape == (batch.size, batch.length):  # of any other shape the model itself raises
+                    index_T = chosen_BS.reshape(-1).nonzero().squeeze(1)
+                    found[part] = batch._replace(index_T=index_T, tells_sequences=not taped)
+        return found
 
 
-def _hand_over(routers: list[nn.Module], child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _hand_over(placed: list[Placed], child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take the Batch out of what a layer passes on, and give it to the layer's routers."""
     if KEY not in kwargs:
         return None
     batch = kwargs.pop(KEY)
-    for router in routers:
+    for router, part in placed:
+        own = batch.of(part)
         # Only where another forward came in between: a compiled checkpoint must not write to what is outside of it.
-        if router.batch is not batch:
-            router.batch = batch
+        if router.batch is not own:
+            router.batch = own
     return args, kwargs
 
 
-def _layers(base: nn.Module, routers: Mapping[str, nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+def _layers(base: nn.Module, routers: Mapping[str, SwappedRouter]) -> dict[nn.Module, list[Placed]]:
     """Decoder layers, the elements of a list of modules, with the routers inside each."""
-    found: dict[nn.Module, list[nn.Module]] = {}
+    found: dict[nn.Module, list[Placed]] = {}
     for name, router in routers.items():
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if number is not None:
-            found.setdefault(base.get_submodule(".".join(parts[: number + 1])), []).append(router)
+            layer = base.get_submodule(".".join(parts[: number + 1]))
+            found.setdefault(layer, []).append((router, router.adapter.part(name)))
     return found

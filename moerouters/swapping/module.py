@@ -239,7 +239,8 @@ def install(module: nn.Module, router: Router, adapter: Adapter, *, name: str, h
     module._state_bias = served_bias(router) is not None
     module.gating.exact = module._lean and leaves_scores
     served = module.gating.exact or (module._lean and module._state_bias)
-    module._straight = type(adapter) is Adapter and module.gating.straight and served
+    plain = all(getattr(type(adapter), each) is getattr(Adapter, each) for each in Adapter.ON_THE_WAY)
+    module._straight = plain and module.gating.straight and served
     if module.gating.reading.correction_bias is not None:
         module._take_correction()
     return module

@@ -37,6 +37,7 @@ from .survey_outputs import (
     labelled,
     observe,
     outcome,
+    reaching,
     same_bits,
 )
 from .survey_page import ROUTERS, Row, Survey, Verdict, write
@@ -215,12 +216,15 @@ def expect_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], what
 def expect_counted(
     handle: Handle, routers: Mapping[str, SwappedRouter], seen: Mapping[str, int], inputs: Mapping[str, Tensor]
 ) -> None:
-    """Each valid token K times."""
+    """Each valid token that reaches a router K times."""
     mask = inputs.get("attention_mask")
     for layer, module in routers.items():
-        if mask is not None and seen[layer] != mask.numel():
-            raise Wrong(f"its routers see {seen[layer]} of {mask.numel()} tokens, and count padding among them")
-        valid = seen[layer] if mask is None else int(mask.sum())
+        valid = seen[layer]
+        if mask is not None:
+            reached_BS = reaching(layer, inputs)
+            if seen[layer] != int(reached_BS.sum()):
+                raise Wrong(f"{layer} sees {seen[layer]} of {int(reached_BS.sum())} tokens")
+            valid = int((mask.bool() & reached_BS).sum())
         counted = int(handle.loads[layer].sum())
         if counted != valid * module.gating.top_k:
             raise Wrong(f"{layer} counted {counted} choices, not {valid} * {module.gating.top_k}")

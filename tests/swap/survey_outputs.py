@@ -120,6 +120,14 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(first, second)
 
 
+def reaching(router: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """bool [B, S]: the tokens that reach the router of that name. Ernie 4.5 VL has one for text and one for images."""
+    kinds_BS = inputs.get("moe_mm_token_type_ids")
+    if kinds_BS is None:
+        return torch.ones_like(inputs["attention_mask"], dtype=torch.bool)
+    return kinds_BS != 0 if "vision_moe" in router else kinds_BS == 0
+
+
 def labelled(model: PreTrainedModel) -> dict[str, Tensor]:
     """A padded batch, with labels where the model makes a loss of them."""
     inputs = tiny_inputs(model, padding=True)

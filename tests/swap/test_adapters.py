@@ -15,6 +15,7 @@ from moerouters.swapping.adapters import ADAPTERS, adapter_for
 from moerouters.swapping.find import Found, find
 from moerouters.swapping.module import SwappedRouter
 
+from .survey_outputs import reaching
 from .zoo import RouterClass, router_classes, tiny_inputs, tiny_model
 
 CLASSES = {router.name: router for router in router_classes()}
@@ -51,8 +52,12 @@ def loads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return noted
 
 
+def named_routers(model: nn.Module) -> list[tuple[str, SwappedRouter]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SwappedRouter)]
+
+
 def swapped_routers(model: nn.Module) -> list[SwappedRouter]:
-    return [module for module in model.modules() if isinstance(module, SwappedRouter)]
+    return [module for _, module in named_routers(model)]
 
 
 @each_odd
@@ -108,11 +113,12 @@ def test_balancers_train_it(router: RouterClass, name: str) -> None:
     swap(model, name)
     model(**inputs)[0].float().square().mean().backward()
     assert all(each.grad is None or each.grad.isfinite().all() for each in model.parameters())
-    for module in swapped_routers(model):
+    for where, module in named_routers(model):
         grad = module.gating.tensors(module.gating.reading.projection.weight).grad
         assert grad is not None and grad.any()
         load_E = module.running.sums["load_E"]
-        assert load_E.sum() == inputs["attention_mask"].sum() * module.gating.top_k
+        valid_BS = inputs["attention_mask"].bool() & reaching(where, inputs)
+        assert load_E.sum() == valid_BS.sum() * module.gating.top_k
         assert name != "bip" or load_E.max() < 2 * load_E.float().mean()
     copy.deepcopy(model)  # no tensor of the graph stays behind
 
@@ -125,9 +131,9 @@ def test_loads_of_stock_and_swapped_routers(router: RouterClass) -> None:
     swap(model, "topk")
     found = loads(model, inputs)
     assert found.keys() == stock.keys() and all(torch.equal(found[name], stock[name]) for name in found)
-    for module, load_E in zip(swapped_routers(model), found.values(), strict=True):
+    for (where, module), load_E in zip(named_routers(model), found.values(), strict=True):
         assert load_E.shape == (module.gating.num_experts,)
-        assert load_E.sum() == inputs["input_ids"].numel() * module.gating.top_k
+        assert load_E.sum() == reaching(where, inputs).sum() * module.gating.top_k
 
 
 @pytest.mark.parametrize("name", ["DbrxRouter", "JetMoeTopKGating", "PhimoeTopKRouter"])

@@ -61,15 +61,15 @@ Spoil = Callable[[pytest.MonkeyPatch], None]
 
 
 def weights_a_hundredth_larger(patch: pytest.MonkeyPatch) -> None:
-    choose = SwappedRouter.route
+    forward = SwappedRouter.forward
 
-    def spoilt(self: SwappedRouter, logits_TE: Tensor, hidden_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        weights_TK, ids_TK = choose(self, logits_TE, hidden_TD)
-        return 1.01 * weights_TK, ids_TK
+    def spoilt(self: SwappedRouter, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE, weights_TK, ids_TK = forward(self, hidden_states)
+        return logits_TE, 1.01 * weights_TK, ids_TK
 
     # By import_module, since the package has a function of the module's name.
     patch.setattr(import_module("moerouters.swapping.swap"), "prove", lambda *_: None)
-    patch.setattr(SwappedRouter, "route", spoilt)
+    patch.setattr(SwappedRouter, "forward", spoilt)
 
 
 def stock_aux_stays(patch: pytest.MonkeyPatch) -> None:

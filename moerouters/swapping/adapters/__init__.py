@@ -6,6 +6,7 @@ from torch import nn
 
 from moerouters.swapping.adapters.base import Adapter
 from moerouters.swapping.adapters.dbrx import DbrxAdapter
+from moerouters.swapping.adapters.ernie import ErnieVLAdapter
 from moerouters.swapping.adapters.gemma import GemmaAdapter
 from moerouters.swapping.adapters.inkling import InklingAdapter
 from moerouters.swapping.adapters.jetmoe import JetMoeAdapter
@@ -17,6 +18,7 @@ from moerouters.swapping.adapters.zaya import ZayaAdapter
 ADAPTERS: dict[str, Adapter] = {
     "DbrxRouter": DbrxAdapter(),
     "DiffusionGemmaTextRouter": GemmaAdapter(),
+    "Ernie4_5_VLMoeMoeTopKRouter": ErnieVLAdapter(),
     "Gemma4TextRouter": GemmaAdapter(),
     "InklingTopkRouter": InklingAdapter(),
     "JetMoeTopKGating": JetMoeAdapter(),

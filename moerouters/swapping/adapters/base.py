@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Adapter:
     """Takes [B, S, D] or [T, D], returns (logits [T, E], weights [T, K], ids [T, K])."""
 
     gating: type[ModelGating] = ModelGating
+    ON_THE_WAY: ClassVar = ("forward", "routed", "logits", "hidden", "weights_dtype")
+    """The methods that a forward goes through. With these as they are here, `ModelGating.serve` can stand for all."""
 
     def read(self, stock: Stock) -> Reading:
         """Raises NotUnderstood."""
@@ -50,6 +52,17 @@ class Adapter:
         """int64 [E]: to how many tokens each expert was given, by what a router returned. Raises NotUnderstood."""
         logits_TE, _, ids_TK = self.results(returned)
         return count_experts(ids_TK.long(), logits_TE.shape[-1])
+
+    def part(self, name: str) -> str | None:
+        """Where a layer splits its tokens between routers: the part that the router of that name sees. None for all."""
+        return None
+
+    def split(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """bool [B, S] by part: the tokens that it gets, row by row, when the model is called with these arguments.
+
+        A part that is left out gets all.
+        """
+        return {}
 
     def enter(self, body: Body) -> None:
         """The module was swapped in a model: what has to change around it."""
