@@ -35,6 +35,17 @@ def normal_noise(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     return noise
 
 
+def digest(values: Tensor) -> Tensor:
+    """int64 0-d: a hash of the bits and places of all elements, of 2, 4 or 8 bytes each; 0 for none.
+
+    A sum of integers, so order of summation does not matter: the same bits give the same digest on every device.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits_N = values.contiguous().view(whole).reshape(-1).long()
+    index_N = torch.arange(bits_N.numel(), device=values.device)
+    return _mix(bits_N * _GOLDEN + index_N * _GOLDEN_32).sum()
+
+
 def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_A
     x = (x ^ _shift_right(x, 27)) * _MIX_B

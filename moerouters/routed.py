@@ -18,6 +18,7 @@ from moerouters.router import Router
 from moerouters.types import Assignment, RouteContext
 
 if TYPE_CHECKING:
+    from moerouters.first_pass import FirstPasses
     from moerouters.layer_tape import LayerTape
 
 
@@ -33,6 +34,8 @@ class RunningStats:
         device = self.sums["passes"].device
         self.handle: object | None = None
         """The `attach` Handle that clears these sums; there is at most one."""
+        self.first_passes: FirstPasses | None = None
+        """For routers that talk in forward: what passes in flight chose, in case backward recomputes them."""
         self.probe = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         self.loss_scale = torch.ones((), dtype=torch.float32, device=device)
 
@@ -71,6 +74,8 @@ class RunningStats:
         for total in self.sums.values():
             total.zero_()
         self.probe.grad = None
+        if self.first_passes is not None:
+            self.first_passes.clear()
 
     def move(self, device: torch.device) -> None:
         """Follow the module to another device; off the meta device everything starts at zero."""
@@ -104,6 +109,10 @@ class RoutedModule(nn.Module):
         empty = self._route_nothing(hidden_size)
         self.running = RunningStats(RunningStats.of(empty))
         self._num_losses = len(empty.losses)
+        if router.capabilities.forward_collective:
+            from moerouters.first_pass import FirstPasses
+
+            self.running.first_passes = FirstPasses()
 
     def _route_nothing(self, hidden_size: int) -> Assignment:
         """Names, shapes and dtypes of the stats, from routing zero tokens: no plugin has to declare them twice."""
@@ -116,20 +125,31 @@ class RoutedModule(nn.Module):
             hidden_TD=torch.zeros(0, hidden_size, device=device),
             noise_key=torch.zeros(4, dtype=torch.int64, device=device),
         )
-        was_training = self.router.training
+        was_training, self.router.alone = self.router.training, True
         self.router.train()
         with torch.no_grad():
             assignment: Assignment = self.router(torch.zeros(0, self.router.gating.num_experts, device=device), ctx)
         self.router.train(was_training)
+        self.router.alone = False
         return assignment
 
     def _assign(self, logits_TE: Tensor, ctx: RouteContext) -> Assignment:
         """The router's choice, or that of the tape which is replayed; written down if one records."""
         if self.tape is None:
-            return self.router(logits_TE, ctx)  # type: ignore[no-any-return]
+            return self._route(logits_TE, ctx)
         ctx = self.tape.context(ctx, num_tokens=logits_TE.shape[0], device=logits_TE.device)
-        assignment: Assignment = self.router(logits_TE, ctx)
+        assignment = self._route(logits_TE, ctx)
         self.tape.write(assignment, ctx.num_sequences)
+        return assignment
+
+    def _route(self, logits_TE: Tensor, ctx: RouteContext) -> Assignment:
+        """The router's choice; in a recomputation that of the first pass, if ranks had to agree on it."""
+        passes = self.running.first_passes
+        if passes is None or not self.training or ctx.forced_ids_TK is not None:
+            return self.router(logits_TE, ctx)  # type: ignore[no-any-return]
+        ctx, first = passes.recall(logits_TE, ctx, kind=self.router.capabilities.assignment)
+        assignment: Assignment = self.router(logits_TE, ctx)
+        passes.keep(logits_TE, assignment, ctx, first)
         return assignment
 
     def _account(self, assignment: Assignment) -> Assignment:

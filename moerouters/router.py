@@ -37,6 +37,8 @@ class Router(StatefulModule):
 
     token_group: dist.ProcessGroup | None = None
     """Ranks with distinct tokens, for routers that declare `forward_collective`; `attach` sets it. None: the world."""
+    alone: bool = False
+    """True for a pass that no other rank makes, while a layer is built: it talks to nobody."""
 
     def __init__(self, gating: Gating) -> None:
         super().__init__()

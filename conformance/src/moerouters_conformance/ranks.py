@@ -85,7 +85,11 @@ def learn_replicated(rank: int, subject: Subject, layout: Layout, replicas: int)
 
 
 def learn_alone(subject: Subject, layout: Layout, *, shards: Sequence[int], whole: bool = False) -> State:
-    """What one process learns from the same tokens: as one micro-batch per shard, or as one batch."""
+    """What one process learns from the same tokens: as one micro-batch per shard, or as one batch.
+
+    As one batch always where forward talks to other ranks: it then solves over the tokens of all.
+    """
+    whole = whole or subject.capabilities.forward_collective
     learning = Learning(subject, layout.settings)
     for step in range(len(layout.tokens)):
         parts = [layout.logits_TE(step, shard) for shard in shards]

@@ -69,7 +69,7 @@ def shards_learn_as_one(subject: Subject, profile: Profile) -> None:
         states = rank_pool().run(learn, subject, layout)
         shards = range(WORLD_SIZE)
         parts = learn_alone(subject, layout, shards=shards)
-        _expect_one_state(states, parts, layout=layout, by="one process, a micro-batch per shard")
+        _expect_one_state(states, parts, layout=layout, by="one process")
         if subject.capabilities.state is StateAlgebra.ADDITIVE:
             whole = learn_alone(subject, layout, shards=shards, whole=True)
             _expect_one_state(states, whole, layout=layout, by="one process, all shards in one batch")

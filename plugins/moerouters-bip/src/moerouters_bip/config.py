@@ -20,3 +20,15 @@ class BipConfig(RouterConfig):
             "'published': thresholds on the order statistics, clipped at 0, as in the paper; drifts on softmax scores."
         ),
     )
+    scope: Literal["local", "exact", "histogram"] = Field(
+        default="local",
+        description=(
+            "Whose tokens are balanced. 'local': each rank its own. 'exact': those of all ranks of the token group, as "
+            "one process would. 'histogram': the same from binned values, with a fifth of the collectives."
+        ),
+    )
+
+    @property
+    def talks(self) -> bool:
+        """Whether forward counts over ranks."""
+        return self.scope != "local"

@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moerouters_bip.columns import LOWEST, Columns, LocalColumns, MakeColumns
+
 Variant = Literal["centred", "published"]
-_LOWEST = -float("inf")
 
 
 def solve_dual(
@@ -29,16 +30,19 @@ def solve_dual(
     variant: Variant = "centred",
     valid_T: Tensor | None = None,
     limit: Callable[[Tensor], Tensor] | None = None,
+    columns: MakeColumns = LocalColumns,
 ) -> Tensor:
-    """q after `iterations` dual steps from dual_E, in the dtype of the scores; [E].
+    """q after `iterations` dual steps from dual_E, in the dtype of the scores (float32 or float64); [E].
 
     valid_T: bool [T], tokens that count (padding does not). limit: maps s - q to itself with -inf outside a token's
     kept groups (`Gating.limit`). Tokens without a (K+1)-th candidate have nothing to decide and are left out; with no
     token left, or K = E, dual_E comes back unchanged. Any n K / E: ranks are fractional where it is not whole.
+    columns: whose tokens are balanced, by default those of this rank. If those of several ranks, each calls this with
+    its own tokens, also if it has none, and all get the same q.
     """
     T, E = scores_TE.shape
     start_E = dual_E.to(scores_TE.dtype)
-    if top_k >= E or T == 0:
+    if top_k >= E or (T == 0 and columns is LocalColumns):
         return start_E
     if valid_T is None:
         valid_T = torch.ones(T, dtype=torch.bool, device=scores_TE.device)
@@ -48,14 +52,16 @@ def solve_dual(
         if limit is not None:
             candidates_TE = limit(candidates_TE)
         top_TK = candidates_TE.topk(top_k + 1, dim=-1).values
-        counted_T = valid_T & (top_TK[:, top_k] > _LOWEST)
+        counted_T = valid_T & (top_TK[:, top_k] > LOWEST)
         # What a token that does not count holds is never read, but must not be NaN: -inf - -inf is.
         top_TK = torch.where(counted_T.unsqueeze(1), top_TK, 0.0)
         p_T = _token_threshold(top_TK, variant)
         # All experts bid for the token, also those outside its kept groups: which groups are kept depends on q, and an
         # expert that only bids where its group already won would stay starved for ever.
-        excess_ET = torch.where(counted_T.unsqueeze(1), scores_TE - p_T.unsqueeze(1), _LOWEST).t().contiguous()
-        q_E = _expert_threshold(excess_ET, counted_T.sum(), q_E, top_k=top_k, variant=variant)
+        excess_ET = torch.where(counted_T.unsqueeze(1), scores_TE - p_T.unsqueeze(1), LOWEST).t().contiguous()
+        # No place past T K / E + 1 is ever asked for, which is known on the host.
+        bids = columns(excess_ET, counted_T.sum(), centre_E=q_E, most=(T * top_k) // E + 1)
+        q_E = _expert_threshold(bids, q_E, top_k=top_k, variant=variant)
     return q_E
 
 
@@ -76,35 +82,25 @@ def _token_threshold(top_TK: Tensor, variant: Variant) -> Tensor:
     return (top_TK[:, -2] + top_TK[:, -1]) / 2
 
 
-def _expert_threshold(excess_ET: Tensor, tokens: Tensor, q_E: Tensor, *, top_k: int, variant: Variant) -> Tensor:
-    """The next q: per expert the value that about tokens * K / E of its row exceed.
+def _expert_threshold(bids: Columns, q_E: Tensor, *, top_k: int, variant: Variant) -> Tensor:
+    """The next q: per expert the value that about tokens * K / E of its bids exceed.
 
-    `tokens` is a 0-d tensor, so ranks are found without a host synchronisation; they are bounded by the rank for all T
-    tokens, which is known on the host and keeps topk small (a full sort costs 5 times as much at K/E = 1/8).
+    `bids.tokens` is a 0-d tensor, so places are found without a host synchronisation.
     """
-    E, T = excess_ET.shape
-    falling_ET = excess_ET.topk(min(T, (T * top_k) // E + 2), dim=-1).values
-    places = (excess_ET > _LOWEST).sum(dim=-1)
+    E, tokens = q_E.shape[0], bids.tokens
     if variant == "published":
-        q = _pick(falling_ET, (tokens * top_k) // E, places).clamp_min(0)
+        (q,) = bids.falling((tokens * top_k) // E, 1).clamp_min(0)
     else:
         # The middle of the gap between rank c and c + 1, c = tokens K / E, and its continuation to fractional c: place
         # c + 1/2 counted from 1. A threshold that *is* a token's value would tie with that token; in the gap none does.
         doubled = 2 * tokens * top_k + E
         rank = torch.div(doubled, 2 * E, rounding_mode="floor")
         fraction = (doubled % (2 * E)).to(q_E.dtype) / (2 * E)
-        upper, lower = _pick(falling_ET, rank - 1, places), _pick(falling_ET, rank, places)
+        upper, lower = bids.falling(rank - 1, 2)
         q = upper + (lower - upper) * fraction
     # An expert that no token may reach keeps its value.
-    q = torch.where((places > 0) & (tokens > 0), q, q_E)
+    q = torch.where((bids.places_E > 0) & (tokens > 0), q, q_E)
     if variant == "published":
         return q
     # Top-K sees differences of q only; without this the common offset would drift from batch to batch.
     return torch.where(tokens > 0, q - q.mean(), q)
-
-
-def _pick(falling_ET: Tensor, index: Tensor, places_E: Tensor) -> Tensor:
-    """falling_ET[e, index], or the last real entry of a row that has fewer; -inf rows give anything finite."""
-    at_E = torch.minimum(index, places_E - 1).clamp(0, falling_ET.shape[1] - 1)
-    picked_E = falling_ET.gather(1, at_E.unsqueeze(1)).squeeze(1)
-    return torch.where(places_E > 0, picked_E, 0.0)

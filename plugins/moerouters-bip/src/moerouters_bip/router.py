@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor
 
 from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 from moerouters.capabilities import MaxViolation
+from moerouters_bip.columns import LocalColumns, MakeColumns
 from moerouters_bip.config import BipConfig
 from moerouters_bip.dual import solve_dual
+from moerouters_bip.histogram import HistogramColumns
+from moerouters_bip.ranks import ALONE, ranks_of
+from moerouters_bip.shards import ShardedColumns
 
 
 def capabilities_of(config: BipConfig) -> Capabilities:
@@ -23,7 +28,8 @@ def capabilities_of(config: BipConfig) -> Capabilities:
     bounded = config.variant == "centred" and config.iterations >= 4
     return Capabilities(
         state=StateAlgebra.MEAN_OF_SOLVES,
-        load_scope=LoadScope.LOCAL,
+        load_scope=LoadScope.GLOBAL if config.talks else LoadScope.LOCAL,
+        forward_collective=config.talks,
         causal=False,
         eval_batch_invariant=True,
         balance=MaxViolation(at_most=0.25) if bounded else None,
@@ -35,6 +41,9 @@ class BipRouter(Router):
 
     After the step the committed q becomes the token-weighted mean of the solutions of all micro-batches and ranks. In
     eval mode the committed q is used as it is, so a token's experts do not depend on its batch.
+
+    With a scope of all ranks they solve together in each training forward: every rank of `token_group` calls it, also
+    with no tokens, and all find the same q. Eval mode talks to nobody, and so does a pass with forced ids.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -58,6 +67,7 @@ class BipRouter(Router):
             variant=self.config.variant,
             valid_T=ctx.valid_T,
             limit=gating.limit if gating.settings.kept_groups < gating.settings.num_groups else None,
+            columns=self._columns(),
         )
 
     def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
@@ -69,3 +79,11 @@ class BipRouter(Router):
         tokens = stats["tokens"]
         mean_E = stats["dual_times_tokens_E"] / tokens.clamp_min(1)
         self.dual_E.copy_(torch.where(tokens > 0, mean_E, self.dual_E.double()))
+
+    def _columns(self) -> MakeColumns:
+        if self.config.scope == "local":
+            return LocalColumns
+        ranks = ALONE if self.alone else ranks_of(self.token_group)
+        if self.config.scope == "histogram":
+            return partial(HistogramColumns, ranks=ranks)  # also if alone: one process finds what four would
+        return LocalColumns if ranks.alone else partial(ShardedColumns, ranks=ranks)
