@@ -30,7 +30,8 @@ def attach(
 
     With several optimizers the update runs once all of them have stepped. A step that GradScaler skips updates nothing;
     its tokens count in the next. loss_mode, if given, is set on every layer. token_group holds the ranks with
-    *distinct* tokens (data parallel), never tensor-parallel replicas; default: the whole world, if there is one.
+    *distinct* tokens (data parallel), never tensor-parallel replicas; default: the whole world, if there is one (a
+    ConfigError where a layer's dispatcher says that tokens are replicated).
     Calling it again with the same model and optimizers returns the same Handle. With several ranks it is a collective:
     it compares what routers they run, and raises ConfigError with the differences.
 
@@ -68,6 +69,9 @@ def attach(
     earlier = _earlier(chosen, layers)
     if earlier is not None:
         return earlier
+    if token_group is None:
+        _expect_distinct_tokens(layers)
+        _expect_no_tensor_parallel(model)
     expect_same_on_all_ranks({name: layer.router for name, layer in layers.items()}, token_group)
     return Handle(chosen, layers, token_group)
 
@@ -211,6 +215,32 @@ def _earlier(optimizers: list[Optimizer], layers: dict[str, RoutedModule]) -> Ha
             fix="pass all optimizers in one call: attach([a, b], model); or call remove() on the earlier handle first",
         )
     return None
+
+
+def _expect_distinct_tokens(layers: Mapping[str, RoutedModule]) -> None:
+    """ConfigError where stats are to be summed over the world, and a layer's dispatcher has ranks with equal tokens."""
+    for name, layer in layers.items():
+        dispatcher = getattr(layer, "dispatcher", None)
+        if dispatcher is not None and dispatcher.replicated and dispatcher.num_ranks > 1:
+            raise ConfigError(
+                f"layer '{name or type(layer).__name__}' holds the same tokens on {dispatcher.num_ranks} ranks, and "
+                "attach was given no token_group.",
+                where=type(dispatcher).__name__,
+                why=f"over the whole world each of these tokens would count {dispatcher.num_ranks} times",
+                fix="pass the ranks with distinct tokens, for instance token_group=mesh['dp'].get_group()",
+            )
+
+
+def _expect_no_tensor_parallel(model: nn.Module) -> None:
+    """ConfigError for a Hugging Face model whose ranks share batches; it says so in an attribute."""
+    sharing = getattr(model, "_tp_size", None)
+    if isinstance(sharing, int) and sharing > 1:
+        raise ConfigError(
+            f"the model holds each batch on {sharing} tensor-parallel ranks, and attach was given no token_group.",
+            where=type(model).__name__,
+            why=f"over the whole world each of its tokens would count {sharing} times",
+            fix="pass token_group=moerouters.hf.token_group(model)",
+        )
 
 
 def _same(left: Iterable[object], right: Iterable[object]) -> bool:

@@ -8,6 +8,7 @@ trainer.train()
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,15 +17,21 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from moerouters import hf_experts
 from moerouters.handle import Handle, attach
 from moerouters.metrics import dead_experts, load_cv, max_violation, min_violation
 from moerouters.router_state import load_router_state, save_router_state
-from moerouters.swapping.guards import need_transformers
+from moerouters.swapping.guards import knows_expert_parallel, need_transformers
 
 with need_transformers():
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.integrations.moe import ExpertsInterface
 
-__all__ = ["ROUTER_STATE", "RouterCallback"]
+__all__ = ["ROUTER_STATE", "RouterCallback", "ep_implementation", "token_group"]
+
+ExpertsInterface.register(hf_experts.NAME, hf_experts.experts_forward)
+if knows_expert_parallel():
+    import_module("moerouters.hf_parallel")  # registers what `ep_implementation` of DistributedConfig may name
 
 ROUTER_STATE = "router_state.safetensors"
 """File beside a checkpoint's weights that holds what routers have learned."""
@@ -37,7 +44,7 @@ class RouterCallback(TrainerCallback):
     the training loss; every log holds `moerouters/max_vio`, `max_vio_worst`, `min_vio`, `load_cv` and `dead_experts`,
     means over steps since the last log and over layers (`worst`: the worst layer); per_layer adds
     `moerouters/max_vio/<layer>`. Checkpoints hold `router_state.safetensors`, which resuming and load_best_model_at_end
-    read back. token_group: ranks with distinct tokens, default all; see `attach`.
+    read back. token_group: ranks with distinct tokens, default those of `token_group(model)`; see `attach`.
     """
 
     def __init__(self, *, per_layer: bool = False, token_group: dist.ProcessGroup | None = None) -> None:
@@ -53,7 +60,7 @@ class RouterCallback(TrainerCallback):
         model, optimizer = kwargs["model"], _plain(kwargs["optimizer"])
         if state.global_step:
             load_router_state(model, _checkpoint(args, state) / ROUTER_STATE)
-        self.handle = attach(optimizer, model, token_group=self._token_group)
+        self.handle = attach(optimizer, model, token_group=self._token_group or token_group(model))
         _come_first(self)
 
     def on_step_begin(
@@ -101,6 +108,31 @@ class RouterCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+
+
+def ep_implementation(backend: str) -> str:
+    """What to name in `DistributedConfig(ep_implementation=...)` for a dispatcher, built in or of a plug-in.
+
+    Raises UnsupportedError before transformers 5.23, which has no place for it.
+    """
+    from moerouters.hf_parallel import ep_implementation
+
+    return ep_implementation(backend)
+
+
+def token_group(model: Any) -> dist.ProcessGroup | None:
+    """The ranks that hold distinct batches of a model loaded with a `distributed_config`, for `attach`; else None.
+
+    Ranks of a tensor-parallel group hold the same batch, whose tokens would be counted once per rank.
+    """
+    meshes = getattr(model, "_mesh_manager", None)
+    if meshes is None:
+        return None
+    mesh = meshes.get_mesh("fsdp")
+    if meshes.get_mesh("dp_replicate").size() > 1:
+        mesh = meshes.get_mesh(("dp_replicate", "fsdp"))._flatten()
+    group: dist.ProcessGroup = mesh.get_group()
+    return group
 
 
 def measure(history: list[dict[str, torch.Tensor]], *, per_layer: bool) -> dict[str, float]:

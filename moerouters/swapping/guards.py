@@ -13,6 +13,9 @@ from torch import nn
 from moerouters.errors import UnsupportedError
 from moerouters.swapping.stock import Stock
 
+EXPERT_PARALLEL_SINCE = (5, 23)
+"""The first release with EPImplementationInterface."""
+
 
 @contextmanager
 def need_transformers() -> Iterator[None]:
@@ -34,6 +37,24 @@ def expect_supported_transformers() -> None:
             f"transformers {installed} is too old for swapping routers.",
             why="before 5.0 most of its models route inside the MoE block, without a router module",
             fix="pip install 'transformers>=5.21.1'",
+        )
+
+
+def knows_expert_parallel() -> bool:
+    """Whether the installed transformers lets others implement its expert parallelism."""
+    with need_transformers():
+        major, minor = version("transformers").split(".")[:2]
+    return (int(major), int(minor)) >= EXPERT_PARALLEL_SINCE
+
+
+def expect_expert_parallel_transformers() -> None:
+    """Raise UnsupportedError for a release whose expert parallelism nobody else can implement."""
+    if not knows_expert_parallel():
+        since = ".".join(map(str, EXPERT_PARALLEL_SINCE))
+        raise UnsupportedError(
+            f"transformers {version('transformers')} cannot bring tokens to experts by moerouters.",
+            why=f"EPImplementationInterface, where expert parallelism is registered, exists from {since} on",
+            fix=f"pip install 'transformers>={since}'",
         )
 
 
