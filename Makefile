@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all gpu lint type docs docs-models dist clean
+.PHONY: help install compare test test-all gpu lint type docs docs-models docs-composition dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,9 +45,13 @@ docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from doc
 	$(BIN)/python -m moerouters.lab.showcase render docs/benchmarks/compare-tiny.json README.md docs/images/compare-tiny.svg
 	$(BIN)/python -m moerouters_conformance.docs docs
 	$(BIN)/python -m tests.swap.survey_page docs
+	$(BIN)/python -m tests.dispatch.composition_page docs
 
 docs-models: $(VENV)/.dev  ## Try every router class of the installed transformers, and write docs/models.md (2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.swap.survey docs
+
+docs-composition: $(VENV)/.dev  ## Try every dispatcher with everything else on four ranks, for docs/distributed.md (2 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.dispatch.composition docs
 
 dist: $(VENV)/.dev  ## Build and check wheel and sdist of every distribution into dist/
 	rm -rf dist

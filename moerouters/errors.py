@@ -64,5 +64,9 @@ class TraceError(MoeroutersError, ValueError):
     """A recorded trace does not fit the model that replays it."""
 
 
+class RecomputeError(MoeroutersError, RuntimeError):
+    """Activation checkpointing repeats a pass, and the experts that it chose are not known."""
+
+
 class DispatchError(MoeroutersError, RuntimeError):
     """Tokens could not be exchanged between ranks: one of them died, hangs, or disagrees on what is sent."""

@@ -30,7 +30,7 @@ def shard_experts(
 
     Gradients are those of the sum of all ranks' losses. `expert_parameters` tells which parameters must not be reduced
     over the group again. Raises ConfigError where there is nothing to shard, the group does not fit the number of
-    experts, or ranks run different routers.
+    experts, or ranks run different routers, experts, capacities or dispatchers.
     """
     if isinstance(group, DeviceMesh):
         group = group.get_group()
@@ -43,7 +43,11 @@ def shard_experts(
             why="it splits the experts of every MoELayer, once",
             fix="pass the whole model, built as for one process",
         )
-    expect_same_on_all_ranks({name: layer.router for name, layer in layers.items()}, group)
+    expect_same_on_all_ranks(
+        {name: layer.router for name, layer in layers.items()},
+        group,
+        {name: _settings(layer) | {"dispatcher": f"{dispatcher}, chunks={chunks}"} for name, layer in layers.items()},
+    )
     for name, layer in layers.items():
         site = Site(group, layer=name, backend=dispatcher)
         here = site.experts_here(layer.router.gating.num_experts)
@@ -78,6 +82,12 @@ def make_dispatcher(name: str, site: Site) -> Dispatcher:
         + (f"; plug-ins in use offer {', '.join(sorted(offered))}" if offered else ""),
         fix="choose one of these; a plug-in's is offered once a router of the same plug-in has been named",
     )
+
+
+def _settings(layer: MoELayer) -> dict[str, str]:
+    """What ranks must agree on beside the router: it decides what travels, and what a block of experts is."""
+    shapes = ", ".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in layer.experts.named_parameters())
+    return {"experts": shapes, "capacity": f"{layer.capacity_factor} by {layer.drop_policy}"}
 
 
 def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -48,7 +48,7 @@ class Arrival:
     x_RD: Tensor
     """Rows grouped by expert. Those past load_e.sum() are padding, their content is undefined."""
     load_e: Tensor
-    """int64 [e], rows of each expert on this rank."""
+    """int64 [e], rows of each expert on this rank; on the CPU where it is the same for every batch."""
     plan: DispatchPlan
     way_back: Any = None
     """What the back-end remembers of the way here."""

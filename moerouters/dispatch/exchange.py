@@ -18,7 +18,7 @@ from moerouters.dispatch.base import Later, Pending
 from moerouters.dispatch.site import Site
 
 # torch 2.13 renamed both; 2.11 knows the old names only.
-_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Started = tuple[Tensor, Any]
@@ -120,7 +120,7 @@ class AllGather(Exchange):
 
     def forth(self, rows: Tensor) -> Started:
         result = rows.new_empty(self.site.num_ranks * rows.shape[0], *rows.shape[1:])
-        return result, _all_gather_single(result, rows, group=self.site.group, async_op=True)
+        return result, all_gather_single(result, rows, group=self.site.group, async_op=True)
 
     def back(self, grad: Tensor) -> Started:
         result = grad.new_empty(grad.shape[0] // self.site.num_ranks, *grad.shape[1:])
@@ -136,7 +136,7 @@ class ReduceScatter(Exchange):
 
     def back(self, grad: Tensor) -> Started:
         result = grad.new_empty(grad.shape[0] * self.site.num_ranks, *grad.shape[1:])
-        return result, _all_gather_single(result, grad, group=self.site.group, async_op=True)
+        return result, all_gather_single(result, grad, group=self.site.group, async_op=True)
 
 
 class EnterRegion(Exchange):

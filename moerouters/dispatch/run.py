@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
+from moerouters.dispatch.agreement import expect_results
 from moerouters.dispatch.base import Arrival, Dispatcher, Pending
 from moerouters.dispatch.plan import make_plan
 from moerouters.types import Assignment
@@ -47,6 +48,7 @@ def through_experts(
         if index + 1 < len(parts):  # the next part travels while this one is computed; more at once only cost memory
             coming = dispatched(index + 1)
         y_RD = experts(arrival.x_RD, arrival.load_e)
+        expect_results(y_RD, arrival.x_RD, getattr(dispatcher, "site", ""))
         leaving.append(dispatcher.combine(y_RD, arrival, part.weights))
     arrived = [y.wait() for y in leaving]
     if len(arrived) == 1:

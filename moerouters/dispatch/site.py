@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moerouters.dispatch.diagnosis import whereabouts
 from moerouters.errors import ConfigError, DispatchError
 
 
@@ -54,17 +56,35 @@ class Site:
             raise self.failed(doing, error) from error
 
     def failed(self, doing: str, error: Exception) -> DispatchError:
-        """What to raise when a collective failed."""
+        """What to raise when a collective failed. Waits a second for word from the other ranks."""
         return DispatchError(
             f"{doing} failed on {self}.",
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            where="\n".join(filter(None, [whereabouts(self.group, f"{doing}{self._place}"), self._numbering()])),
+            why=_first_line(error),
             fix="look for the rank that raised, was killed or is late: its own output says why; this one only waited",
         )
 
-    def __str__(self) -> str:
+    @property
+    def _place(self) -> str:
         layer = f", layer '{self.layer}'" if self.layer else ""
         backend = f", back-end '{self.backend}'" if self.backend else ""
-        return f"rank {self.rank} of {self.num_ranks}{layer}{backend}"
+        return f"{layer}{backend}"
+
+    def _numbering(self) -> str:
+        """Which ranks of the job a smaller group is made of, for who looks for their output."""
+        everybody = dist.get_process_group_ranks(self.group)
+        if len(everybody) == dist.get_world_size():
+            return ""
+        return f"ranks 0-{len(everybody) - 1} of this group are {', '.join(map(str, everybody))} of the job"
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.num_ranks}{self._place}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         return self
+
+
+def _first_line(error: Exception) -> str:
+    """What the collective said, without the line of gloo's source that it begins with. ASCII, as all our texts."""
+    lines = str(error).encode("ascii", "ignore").decode().strip().splitlines()
+    return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", lines[0]) if lines else type(error).__name__

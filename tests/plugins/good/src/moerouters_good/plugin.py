@@ -22,6 +22,13 @@ def good(gating: object, config: GoodConfig) -> tuple[object, GoodConfig]:
     return gating, config
 
 
+def pigeon(*, site: Any) -> Any:
+    """Imported when a layer wants one: naming a router costs nothing of it."""
+    from moerouters_good.dispatcher import Pigeon
+
+    return Pigeon(site=site)
+
+
 @hookimpl
 def moerouters_routers() -> tuple[RouterSpec, ...]:
     return (
@@ -32,7 +39,7 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
 
 @hookimpl
 def moerouters_dispatchers() -> tuple[DispatcherSpec, ...]:
-    return (DispatcherSpec(name="pigeon", summary="Carries tokens one by one.", factory=dict),)
+    return (DispatcherSpec(name="pigeon", summary="Carries tokens there and back.", factory=pigeon),)
 
 
 @hookimpl

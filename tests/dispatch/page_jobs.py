@@ -1,0 +1,60 @@
+"""What a rank does with the Python of docs/distributed.md."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from moerouters import MoELayer
+
+
+def run_page(rank: int, train: str, fsdp: str) -> dict[str, Any]:
+    """Run both scripts one after the other, on a pool whose process group is there already."""
+    names: dict[str, Any] = {}
+    with patch("torch.distributed.init_process_group"):
+        exec(compile(train, "train.py", "exec"), names)
+    layer: MoELayer = names["layer"]
+    seen = {
+        "load": int(names["handle"].loads[""].sum()),
+        "shared": layer.gate.weight.sum().item(),
+        "own": layer.experts.up_eFD.sum().item(),
+    }
+    names["handle"].remove()
+    exec(compile(fsdp, "fsdp.py", "exec"), names)
+    names["layer"].zero_grad()
+    torch.manual_seed(5 + rank)
+    x_TD = torch.randn(16, 32)
+    names["layer"](x_TD).hidden.square().mean().backward()
+    return seen | {"fsdp": _norms(names["layer"], mesh_of_experts=names["mesh"]), "alone": _alone(names, x_TD)}
+
+
+def _alone(names: dict[str, Any], x_TD: torch.Tensor) -> list[float]:
+    """Norms of the gradients that one process has for the mean loss of all ranks."""
+    every = [torch.empty_like(x_TD) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, x_TD)
+    torch.manual_seed(0)
+    layer = MoELayer(names["router"], hidden_size=32, expert_size=64)
+    torch.stack([layer(x).hidden.square().mean() for x in every]).mean().backward()  # type: ignore[no-untyped-call]
+    return [_norm(parameter.grad) for parameter in (layer.gate.weight, layer.experts.up_eFD, layer.experts.down_eDF)]
+
+
+def _norms(layer: MoELayer, mesh_of_experts: Any) -> list[float]:
+    gate, *experts = [_whole(p.grad) for p in (layer.gate.weight, layer.experts.up_eFD, layer.experts.down_eDF)]
+    found = [_norm(gate)]
+    for gradient in experts:
+        square = gradient.square().sum()
+        dist.all_reduce(square, group=mesh_of_experts["expert"].get_group())
+        found.append(square.sqrt().item())
+    return found
+
+
+def _whole(gradient: Any) -> torch.Tensor:
+    whole: torch.Tensor = gradient.full_tensor()
+    return whole
+
+
+def _norm(gradient: Any) -> float:
+    return float(gradient.norm())

@@ -1,0 +1,23 @@
+"""docs/expert-parallel.md shows the committed measurement, and says of it what is so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.expert_parallel_page import DISPATCHERS, LIMIT, ROWS, load, rendered
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    page = (DOCS / "expert-parallel.md").read_text(encoding="utf-8")
+    assert rendered(page, load(DOCS)) == page, "stale: run `python -m support.expert_parallel_page render docs`"
+
+
+def test_what_the_page_says() -> None:
+    """All agree but the auxiliary loss of a rank's own tokens, which does where all ranks hold the same tokens."""
+    rows = load(DOCS).rows
+    assert [row.model_copy(update={"apart": {}}) for row in rows] == list(ROWS)
+    for row in rows:
+        agreeing = {name for name in DISPATCHERS if row.apart[name] <= LIMIT}
+        assert agreeing == ({"tensor_sliced"} if row.router == "loss-controlled" else set(DISPATCHERS)), row
