@@ -56,4 +56,4 @@ class LayerTape:
                 why="every token needs the ids that were recorded for it",
                 fix="replay the batch that was recorded; the last token of a rollout was never routed",
             )
-        return replace(ctx, forced_ids_TK=ids.reshape(num_tokens, -1).to(device=device, dtype=torch.int64))
+        return replace(ctx, forced_ids_TK=ids.reshape(num_tokens, ids.shape[-1]).to(device=device, dtype=torch.int64))

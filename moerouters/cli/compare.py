@@ -34,6 +34,15 @@ def compare(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other number of the preset.")
     ] = None,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Spread the experts over groups of N ranks, under torchrun.")
+    ] = 1,
+    dispatcher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="How tokens reach them: auto, all_to_all, all_gather, padded or tensor_sliced."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for results, pictures and report.")] = Path("moerouters-compare"),
     resume: Annotated[
@@ -63,6 +72,8 @@ def compare(
             seeds=tuple(range(seed, seed + seeds)),
             settings={name: value for name, value in options.items() if value is not None},
             changes=tuple(changes or ()),
+            expert_parallel=expert_parallel,
+            dispatcher=dispatcher,
             device=device,
             output=output,
             resume=resume,

@@ -18,10 +18,15 @@ def training_windows(text: Tensor, *, seed: int, step: int, micro_batch: int, co
 
 def validation_windows(text: Tensor, *, count: int, length: int) -> Tensor:
     """int64 [at most count, length + 1]: windows evenly spread over the text, none of which overlap in a target."""
-    count = min(count, (text.numel() - 1) // length)
+    count = validation_count(text, count=count, length=length)
     stride = (text.numel() - 1) / count
     starts = (torch.arange(count, dtype=torch.float64) * stride).long()
     return _windows(text, starts, length)
+
+
+def validation_count(text: Tensor, *, count: int, length: int) -> int:
+    """How many windows `validation_windows` gives: fewer than asked for where the text is short."""
+    return min(count, (text.numel() - 1) // length)
 
 
 def _windows(text: Tensor, starts: Tensor, length: int) -> Tensor:

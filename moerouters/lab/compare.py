@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from moerouters.errors import ConfigError, MoeroutersError
+from moerouters.errors import ConfigError, DispatchError, MoeroutersError
+from moerouters.lab.batches import validation_count
 from moerouters.lab.corpus import Corpus
 from moerouters.lab.determinism import deterministic
 from moerouters.lab.files import require_writable
@@ -66,7 +67,10 @@ class Comparison:
                 fix="pick one",
             )
         self.corpus.require(self.settings.sequence_length)
-        self.ranks.require_divides(self.settings.micro_batch_size)
+        s = self.settings
+        self.ranks.require_divides(s.micro_batch_size)
+        windows = validation_count(self.corpus.validation, count=s.validation_sequences, length=s.sequence_length)
+        self.ranks.require_even_validation(windows, capacity_factor=s.capacity_factor)
         if not self.ranks.first:
             return
         require_writable(self.output)
@@ -156,7 +160,8 @@ class Comparison:
             self.ranks.require_same_state(trainer.model)
         except Exception as error:
             # Another rank may not have failed, and would wait for this one for ever: let the launcher end them all.
-            if self.ranks.size > 1 and not isinstance(error, MoeroutersError):
+            # Only what all ranks find out alike - routers, losses - is a result; a failed exchange is not.
+            if self.ranks.size > 1 and (not isinstance(error, MoeroutersError) or isinstance(error, DispatchError)):
                 raise
             return run.failed(error)
         return run.completed(loss)
@@ -184,5 +189,7 @@ def environment(device: torch.device, settings: Settings, ranks: Ranks) -> Envir
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         threads=torch.get_num_threads(),
         ranks=ranks.size,
+        expert_parallel=1 if ranks.experts is None else ranks.experts.size,
+        dispatcher=None if ranks.experts is None else ranks.experts.dispatcher,
         autocast="bfloat16" if on_gpu and settings.bf16 else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moerouters.lab import corpus as corpora
 from moerouters.lab.compare import Comparison
 from moerouters.lab.console import ConsoleProgress, print_results
 from moerouters.lab.corpus import Corpus
+from moerouters.lab.expert_ranks import expert_ranks
 from moerouters.lab.interrupt import StopRequest
 from moerouters.lab.overrides import parse_changes
 from moerouters.lab.presets import preset
@@ -24,6 +25,8 @@ from moerouters.lab.ranks import Ranks, joined_ranks
 from moerouters.lab.report import require_report_extra, write_report
 from moerouters.lab.roster import default_roster, named_roster
 from moerouters.lab.settings import Settings
+
+DEFAULT_DISPATCHER = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,9 @@ class CompareOptions:
     settings: Mapping[str, Any]
     """Of options with a name of their own; they and --set may not disagree."""
     changes: tuple[str, ...]
+    expert_parallel: int
+    dispatcher: str | None
+    """None: the default where experts are spread."""
     device: str
     output: Path
     resume: bool
@@ -77,6 +83,7 @@ def prepare(options: CompareOptions, *, device: torch.device, ranks: Ranks) -> C
         entrants, skipped = default_roster(settings)
     else:
         entrants, skipped = named_roster(options.routers, settings), []
+    ranks = _spread(options, ranks, settings)  # after the roster: a router's plug-in may bring the dispatcher
     comparison = Comparison(
         entrants=entrants,
         skipped=skipped,
@@ -102,6 +109,10 @@ def introduce(console: Console, comparison: Comparison) -> None:
     settings, seeds = comparison.settings, ", ".join(map(str, comparison.seeds))
     size = f"{settings.steps} steps of {settings.batch_tokens} bytes"
     console.print(Text(f"preset {comparison.preset}: {size}, seeds {seeds}, on {comparison.device}"))
+    experts = comparison.ranks.experts
+    if experts is not None:
+        ranks = f"{comparison.ranks.size} ranks, experts over groups of {experts.size}"
+        console.print(Text(f"{ranks}, dispatcher {experts.dispatcher}"))
     console.print(Text(f"corpus: {info.name}, {info.train_bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}"))
     for item in comparison.skipped:
         console.print(Text(f"skipped {item.label}: {item.reason}"), style="yellow")
@@ -151,6 +162,21 @@ def _settings(options: CompareOptions) -> Settings:
             f"{twice[0]!r} is given twice.", where="--set, and an option of its own", why="one would be lost"
         )
     return preset(options.preset).override({**options.settings, **changes})
+
+
+def _spread(options: CompareOptions, ranks: Ranks, settings: Settings) -> Ranks:
+    """The ranks with experts spread over groups of them, if that was asked for."""
+    if options.expert_parallel == 1:
+        if options.dispatcher is None:
+            return ranks
+        raise ConfigError(
+            "there is nothing to dispatch.",
+            where=f"--dispatcher {options.dispatcher}",
+            why="every rank has all experts",
+            fix="add --expert-parallel N, under torchrun with a multiple of N ranks",
+        )
+    dispatcher = options.dispatcher or DEFAULT_DISPATCHER
+    return replace(ranks, experts=expert_ranks(options.expert_parallel, dispatcher, num_experts=settings.num_experts))
 
 
 def _corpus(text: Path | None) -> Corpus:

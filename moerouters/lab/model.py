@@ -83,6 +83,7 @@ class _Block(nn.Module):
             hidden_size=settings.hidden_size,
             expert_size=settings.expert_size,
             shared_size=settings.shared_size,
+            capacity_factor=settings.capacity_factor,
         )
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], ctx: RouteContext) -> tuple[Tensor, Assignment]:

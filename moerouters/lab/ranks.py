@@ -1,19 +1,22 @@
-"""The ranks of a data-parallel run; one alone where torch.distributed does not run."""
+"""The ranks of a run: who holds which tokens, and which experts; one alone where torch.distributed does not run."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from moerouters.errors import ConfigError, MoeroutersError
+from moerouters.lab.expert_ranks import ExpertRanks
 from moerouters.router import Router
+from moerouters.sharding import expert_parameters
 
 
 @dataclass(frozen=True)
@@ -22,65 +25,116 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    experts: ExpertRanks | None = None
+    """Over whom the experts are spread; None where every rank has all of them."""
 
     @property
     def first(self) -> bool:
         """Whether this rank is the one that prints and writes."""
         return self.rank == 0
 
+    @property
+    def shards(self) -> int:
+        """In how many parts a batch is cut. Ranks that hold the same tokens (tensor-parallel) share one."""
+        return self.size // self._alike
+
+    @property
+    def shard(self) -> int:
+        """Which of these parts this rank holds."""
+        return self.rank // self._alike
+
+    @property
+    def _alike(self) -> int:
+        return self.experts.size if self.experts is not None and self.experts.replicated else 1
+
+    @property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """Ranks that together hold every token once, as `attach` wants them; None: all."""
+        return self.experts.peers if self.experts is not None and self.experts.replicated else None
+
     def part(self, rows: Tensor) -> Tensor:
         """This rank's slice of a batch whose rows all ranks can draw; empty where there are too few."""
-        return rows[self.rank :: self.size]
+        return rows[self.shard :: self.shards]
 
     def require_divides(self, micro_batch_size: int) -> None:
         """Raise ConfigError unless every rank gets as many sequences as the next."""
-        if micro_batch_size % self.size:
+        if micro_batch_size % self.shards:
             raise ConfigError(
-                f"{micro_batch_size} sequences cannot be shared evenly by {self.size} ranks.",
+                f"{micro_batch_size} sequences cannot be shared evenly by {self.shards} ranks.",
                 why="the mean of the ranks' gradients is the gradient of the batch only if all have as many tokens",
-                fix=f"--set micro_batch_size={-(-micro_batch_size // self.size) * self.size}",
+                fix=f"--set micro_batch_size={-(-micro_batch_size // self.shards) * self.shards}",
+            )
+
+    def require_even_validation(self, windows: int, *, capacity_factor: float | None) -> None:
+        """Raise ConfigError where some rank would get fewer validation windows, and the dispatcher cannot have that."""
+        if self.experts is not None and self.experts.may_pad(capacity_factor) and windows % self.shards:
+            raise ConfigError(
+                f"{windows} validation windows cannot be shared evenly by {self.shards} ranks.",
+                where=f"--dispatcher {self.experts.dispatcher}",
+                why="its blocks have one size on all ranks, which follows from the number of tokens",
+                fix=f"--set validation_sequences={max(1, windows // self.shards) * self.shards}, or another dispatcher",
             )
 
     def sum(self, value: Tensor) -> Tensor:
         """The elementwise sum over ranks, on every rank."""
-        if self.size == 1:
-            return value
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+        return _summed(value, None) if self.size > 1 else value
+
+    def sum_over_tokens(self, value: Tensor) -> Tensor:
+        """The elementwise sum over the parts of a batch, each counted once, on every rank."""
+        return _summed(value, self.token_group) if self.shards > 1 else value
 
     def wait(self) -> None:
         """Return when every rank is here. A rank that ends before the first has written takes the others with it."""
         if self.size > 1:
             dist.barrier()
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over ranks, in one flat all-reduce."""
+    def spread(self, model: nn.Module) -> None:
+        """Leave this rank its part of the experts; before the optimizer is made. Nothing without expert parallelism."""
+        if self.experts is not None:
+            self.experts.spread(model)
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace every gradient by its mean over the parts of the batch.
+
+        That of an expert is the sum over its group already, so it is reduced over the other owners of that expert.
+        """
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.size
-        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        shared, own = _split(model)
+        # Over all ranks, also where some hold the same tokens: then no rank is one rounding away from the others.
+        _sum_gradients(shared, None, divisor=self.size)
+        if self.experts is not None:
+            _sum_gradients(own, self.experts.peers, divisor=self.shards)
+
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """0-d: the norm of the averaged gradient of the whole model, the same bits on every rank."""
+        shared, own = _split(model)
+        norm = get_total_norm(_gradients(shared))
+        if self.experts is None:
+            return norm
+        owners = self.size // self.experts.size
+        squared = self.sum(get_total_norm(_gradients(own)).square()) / owners
+        return (norm.square() + squared).sqrt()
 
     def require_same_state(self, model: nn.Module) -> None:
-        """Raise MoeroutersError unless all ranks hold the same bits in every router and in every weight."""
+        """Raise MoeroutersError unless all ranks hold the same bits in every router and in every weight they share."""
         if self.size == 1:
             return
-        own = torch.tensor([_fingerprint(_router_state(model)), _fingerprint(model.state_dict().values())])
-        everyone = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(everyone, own)
-        table = torch.stack(everyone)
-        for what, column in zip(("balancer state", "weights"), table.t(), strict=True):
-            odd = [rank for rank, value in enumerate(column.tolist()) if value != int(column[0])]
-            if odd:
-                raise MoeroutersError(
-                    f"after training, ranks {odd} hold other {what} than rank 0.",
-                    why="data-parallel ranks apply the same updates to the same state",
-                    fix="a router must change only in update(stats), and by what is in stats",
-                )
+        own = {id(parameter) for parameter in expert_parameters(model)}
+        named = model.state_dict(keep_vars=True).values()
+        prints = torch.tensor(
+            [
+                _fingerprint(_router_state(model)),
+                _fingerprint(value for value in named if id(value) not in own),
+                _fingerprint(value for value in named if id(value) in own),
+            ]
+        )
+        everyone = [torch.empty_like(prints) for _ in range(self.size)]
+        dist.all_gather(everyone, prints)
+        states, weights, experts = torch.stack(everyone).t().tolist()
+        _expect_alike("balancer state", states, of=1)
+        _expect_alike("weights", weights, of=1)
+        _expect_alike("experts", experts, of=1 if self.experts is None else self.experts.size)
 
 
 @contextmanager
@@ -100,9 +154,47 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def _summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    total = value.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that all ranks have, and those of the experts that this rank owns."""
+    own = list(expert_parameters(model))
+    owned = {id(parameter) for parameter in own}
+    return [parameter for parameter in model.parameters() if id(parameter) not in owned], own
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, *, divisor: int) -> None:
+    """Replace every gradient by its sum over `group`, divided, in one flat all-reduce."""
+    gradients = _gradients(parameters)
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    flat /= divisor
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 def _router_state(model: nn.Module) -> list[Tensor]:
     routers = [module for module in model.modules() if isinstance(module, Router)]
     return [value for router in routers for value in router.state_dict().values()]
+
+
+def _expect_alike(what: str, prints: Sequence[int], *, of: int) -> None:
+    """Raise MoeroutersError unless rank r has the print of rank r modulo `of`."""
+    odd = [rank for rank, value in enumerate(prints) if value != prints[rank % of]]
+    if odd:
+        raise MoeroutersError(
+            f"after training, ranks {odd} hold other {what} than rank {odd[0] % of}.",
+            why="data-parallel ranks apply the same updates to the same state",
+            fix="a router must change only in update(stats), and by what is in stats",
+        )
 
 
 def _fingerprint(tensors: Iterable[Tensor]) -> int:

@@ -29,6 +29,10 @@ class Environment(_Record):
     device: str
     threads: int
     ranks: int
+    expert_parallel: int = 1
+    """Ranks over which the experts of a layer are spread."""
+    dispatcher: str | None = None
+    """The back-end that brings tokens to them."""
     autocast: str | None
     deterministic: Literal[True] = True
 

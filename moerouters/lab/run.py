@@ -42,6 +42,7 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         provenance, trainer = self.entrant.provenance, self.trainer
+        experts = trainer.ranks.experts
         return {
             "router": self.entrant.name,
             "plugin": f"{provenance.distribution} {provenance.version}",
@@ -50,6 +51,7 @@ class Run:
             "settings": trainer.settings.model_dump(exclude={"checkpoint_every"}),
             "corpus": trainer.corpus.info.sha256,
             "ranks": trainer.ranks.size,
+            "experts": None if experts is None else f"{experts.dispatcher} over {experts.size} ranks",
         }
 
     def resume(self) -> None:
@@ -59,9 +61,10 @@ class Run:
             self.trainer.load_state(load_checkpoint(self._checkpoint, identity=self._identity(), device=device))
 
     def checkpoint(self) -> None:
-        """Write where the run stands."""
+        """Write where the run stands; a collective, since the state of experts is gathered from their ranks."""
+        state = self.trainer.state()
         if self._writes:
-            save_checkpoint(self._checkpoint, self.trainer.state(), identity=self._identity())
+            save_checkpoint(self._checkpoint, state, identity=self._identity())
 
     def completed(self, validation_loss: float) -> RunResult:
         """The record of a run that reached its end; it needs no checkpoint any more."""
@@ -97,7 +100,7 @@ class Run:
             history,
             seed=self.seed,
             status=status,
-            parameters=sum(parameter.numel() for parameter in self.trainer.model.parameters()),
+            parameters=self.trainer.num_parameters,
             validation_loss=validation_loss,
             error=error,
             history_file=file.relative_to(self.output).as_posix() if len(history) else None,

@@ -33,6 +33,9 @@ class Settings(BaseModel):
     scale: float = Field(default=1.0, gt=0, description="Factor on the combine weights.")
     num_groups: int = Field(default=1, ge=1, description="Expert groups.")
     kept_groups: int = Field(default=1, ge=1, description="Groups of a token that stay candidates.")
+    capacity_factor: float | None = Field(
+        default=None, gt=0, description="Places per expert, over an even share of a forward pass; null drops nothing."
+    )
 
     sequence_length: int = Field(ge=1, description="Tokens (bytes) per sequence.")
     micro_batch_size: int = Field(ge=1, description="Sequences per forward pass, over all ranks.")

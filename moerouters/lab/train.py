@@ -15,6 +15,7 @@ from moerouters.handle import attach
 from moerouters.lab.batches import training_windows, validation_windows
 from moerouters.lab.clock import RouterClock
 from moerouters.lab.corpus import Corpus
+from moerouters.lab.expert_state import with_experts
 from moerouters.lab.history import History
 from moerouters.lab.model import LanguageModel, ModelOutput
 from moerouters.lab.ranks import Ranks
@@ -24,7 +25,10 @@ from moerouters.metrics import max_violation
 
 
 class Trainer:
-    """The model, optimizer and history of one run. `step` counts finished optimizer steps."""
+    """The model, optimizer and history of one run. `step` counts finished optimizer steps.
+
+    num_parameters: of the whole model, also where this rank holds only some of its experts.
+    """
 
     def __init__(
         self,
@@ -42,8 +46,10 @@ class Trainer:
             routers = [entrant.build(settings) for _ in range(settings.num_layers)]
             torch.manual_seed(seed)  # again: the weights must not hang on what a router drew
             self.model = LanguageModel(settings, routers).to(device)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        ranks.spread(self.model)
         self.optimizer = _adamw(self.model, settings)
-        self.handle = attach(self.optimizer, self.model, loss_mode="collect")
+        self.handle = attach(self.optimizer, self.model, loss_mode="collect", token_group=ranks.token_group)
         self.clock = RouterClock(self.handle.layers.values(), device)
         self.history = History()
 
@@ -62,10 +68,11 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses, loads = zip(*(self._micro_batch(index) for index in range(s.accumulation_steps)), strict=True)
-        self.ranks.average_gradients(self.model.parameters())
-        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip_norm)
+        self.ranks.average_gradients(self.model)
+        norm = self.ranks.gradient_norm(self.model)
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), s.clip_norm, norm)
         self.optimizer.step()  # attach's hook checks the logits and updates the routers
-        loss = float(self.ranks.sum(torch.stack(losses).mean())) / self.ranks.size
+        loss = float(self.ranks.sum_over_tokens(torch.stack(losses).mean())) / self.ranks.shards
         if not math.isfinite(loss):
             raise MoeroutersError(
                 f"the training loss of step {self.step + 1} is {loss}.",
@@ -73,7 +80,7 @@ class Trainer:
                 fix="lower the learning rate, or the coefficient of the router's loss",
             )
         step_ms = (time.perf_counter() - began) * 1e3
-        self._remember(loss, self.ranks.sum(torch.stack(loads)), step_ms)
+        self._remember(loss, self.ranks.sum_over_tokens(torch.stack(loads)), step_ms)
 
     def _micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch: its cross-entropy (float64 0-d), its loads [L, E] on this rank."""
@@ -86,8 +93,8 @@ class Trainer:
             count=s.micro_batch_size,
             length=s.sequence_length,
         )
-        # Ranks hold different tokens of a micro-batch and must not draw the same noise for them.
-        noise_key = torch.tensor([self.seed, self.step, index * self.ranks.size + self.ranks.rank])
+        # Different tokens of a micro-batch must not get the same noise.
+        noise_key = torch.tensor([self.seed, self.step, index * self.ranks.shards + self.ranks.shard])
         cross_entropy_N, output = self._forward(self.ranks.part(windows), noise_key)
         cross_entropy = cross_entropy_N.mean()
         ((cross_entropy + output.aux_loss()) / s.accumulation_steps).backward()  # type: ignore[no-untyped-call]
@@ -122,20 +129,27 @@ class Trainer:
         for batch in torch.split(windows, s.micro_batch_size):
             cross_entropy_N, _ = self._forward(self.ranks.part(batch), None)
             total += cross_entropy_N.double().sum()
-        return float(self.ranks.sum(total)) / (len(windows) * s.sequence_length)
+        return float(self.ranks.sum_over_tokens(total)) / (len(windows) * s.sequence_length)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, and the history; loadable with weights_only=True."""
-        return {
-            "model": self.model.state_dict(),  # the routers' state with it
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history.tensors(),
-        }
+        """Everything that the next step depends on, and the history; loadable with weights_only=True.
+
+        The same on every rank: a collective where experts are spread.
+        """
+        weights, moments = self.model.state_dict(), self.optimizer.state_dict()  # the routers' state is in the model's
+        if self.ranks.experts is not None:
+            change = self.ranks.experts.gathered
+            weights, moments = with_experts(weights, moments, change, model=self.model, optimizer=self.optimizer)
+        return {"model": weights, "optimizer": moments, "history": self.history.tensors()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned in a run of the same settings."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        weights, moments = state["model"], state["optimizer"]
+        if self.ranks.experts is not None:
+            change = self.ranks.experts.cut
+            weights, moments = with_experts(weights, moments, change, model=self.model, optimizer=self.optimizer)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(moments)
         self.history = History.of(state["history"])
 
 

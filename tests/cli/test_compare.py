@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -72,7 +73,7 @@ def test_default_is_every_router_that_loads(text: Path, tmp_path: Path, monkeypa
 def test_options_override_the_preset(text: Path, tmp_path: Path) -> None:
     options = ["--steps", "2", "--learning-rate", "0.5", "--experts", "8", "--top-k", "3", "--checkpoint-every", "1"]
     names = ("steps", "learning_rate", "num_experts", "top_k", "checkpoint_every")
-    others = [f"--set={name}={value}" for name, value in SMALL.model_dump(mode="json").items() if name not in names]
+    others = [f"--set={name}={json.dumps(value)}" for name, value in SMALL.model_dump().items() if name not in names]
     command = ["compare", "--text", str(text), "--output", str(tmp_path), "--routers", "topk", *options, *others]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -107,10 +108,9 @@ def test_bad_options(text: Path, tmp_path: Path, options: list[str], messages: l
     ],
 )
 def test_settings_that_do_not_fit(text: Path, tmp_path: Path, changes: list[str], message: str) -> None:
-    settings = {
-        name: value for name, value in SMALL.model_dump(mode="json").items() if name != changes[0].split("=")[0]
-    }
-    sets = [f"--set={name}={value}" for name, value in settings.items()] + [f"--set={change}" for change in changes]
+    settings = {name: value for name, value in SMALL.model_dump().items() if name != changes[0].split("=")[0]}
+    sets = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    sets += [f"--set={change}" for change in changes]
     result = CliRunner().invoke(app, ["compare", "--text", str(text), "--output", str(tmp_path), *sets])
     refused(result, message)
 

@@ -1,5 +1,6 @@
 """A comparison small enough for tests: seconds for a whole job, and every part of a large one in it."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def small_corpus(folder: Path) -> Corpus:
 
 def arguments(settings: Settings = SMALL) -> list[str]:
     """The settings as options of `moerouters compare`."""
-    return [part for name, value in settings.model_dump(mode="json").items() for part in ("--set", f"{name}={value}")]
+    return [part for name, value in settings.model_dump().items() for part in ("--set", f"{name}={json.dumps(value)}")]
 
 
 def entrant(item: str = "topk", settings: Settings = SMALL) -> Entrant:

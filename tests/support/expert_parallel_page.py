@@ -1,0 +1,117 @@
+"""docs/expert-parallel.md: how far the losses of spread experts are from those of one process, on the tiny preset.
+
+PYTHONPATH=tests python -m support.expert_parallel_page measure docs     # writes the JSON; half an hour on two cores
+PYTHONPATH=tests python -m support.expert_parallel_page render docs      # the table, from the committed JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from moerouters.lab.corpus import standard_library
+from moerouters.lab.files import write_text
+from moerouters.lab.presets import preset
+from moerouters_conformance import pool
+from support.expert_parallel import CLEAR_SEED, GLOBAL_LOSS, Case, Course, alone, spread
+
+STEPS = 20
+DISPATCHERS = ("all_gather", "all_to_all", "padded", "tensor_sliced")
+LIMIT = 1e-4
+_BEGIN, _END = "<!-- parity -->\n", "<!-- /parity -->"
+
+
+class Row(BaseModel):
+    """One router, its routing replayed or free."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    router: str
+    routing: Literal["replayed", "free"]
+    seed: int
+    apart: dict[str, float] = {}
+    """By dispatcher, the largest difference of a loss, in nats per byte."""
+
+
+ROWS = (
+    *(Row(router=r, routing="replayed", seed=0) for r in ("topk", GLOBAL_LOSS, "loss-free", "bip", "loss-controlled")),
+    *(Row(router=router, routing="free", seed=CLEAR_SEED) for router in ("topk", GLOBAL_LOSS)),
+)
+
+
+class Parity(BaseModel):
+    """docs/benchmarks/expert-parallel.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    torch: str
+    steps: int
+    ranks: int
+    rows: tuple[Row, ...] = ()
+
+
+def measure(done: Callable[[Parity], None]) -> None:
+    """Train every row under every dispatcher, and hand out what is known after each row."""
+    pool.TIMEOUT_S = 3600.0
+    settings, corpus = preset("tiny").override({"validation_sequences": 64}), standard_library()
+    found = Parity(torch=torch.__version__, steps=STEPS, ranks=pool.WORLD_SIZE)
+    for row in ROWS:
+        course = Course(item=row.router, settings=settings, steps=STEPS, corpus=corpus, seed=row.seed)
+        expected, recorded = alone(course)
+        tape = recorded if row.routing == "replayed" else None
+        cases = [Case(course=course, dispatcher=name, tape=tape) for name in DISPATCHERS]
+        outcomes = pool.rank_pool().run(spread, cases)[0]
+        apart = {name: expected.apart(outcome) for name, outcome in zip(DISPATCHERS, outcomes, strict=True)}
+        found = found.model_copy(update={"rows": (*found.rows, row.model_copy(update={"apart": apart}))})
+        done(found)
+
+
+def table(parity: Parity) -> str:
+    """The Markdown between the marks of the page."""
+    lines = [
+        "| router | routing | " + " | ".join(f"`{name}`" for name in DISPATCHERS) + " |",
+        "|---|---|" + "---|" * len(DISPATCHERS),
+    ]
+    for row in parity.rows:
+        cells = [f"{x:.0e}" if x <= LIMIT else f"**{x:.0e}**" for x in (row.apart[name] for name in DISPATCHERS)]
+        lines.append(f"| `{row.router}` | {row.routing}, seed {row.seed} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rendered(page: str, parity: Parity) -> str:
+    """The page with the table of `parity` in its place."""
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}{table(parity)}{_END}{after}"
+
+
+def load(docs: Path) -> Parity:
+    """What is committed."""
+    return Parity.model_validate_json((docs / "benchmarks" / "expert-parallel.json").read_bytes())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("measure", "render"))
+    parser.add_argument("docs", type=Path)
+    arguments = parser.parse_args()
+    docs: Path = arguments.docs
+    if arguments.command == "measure":
+        measure(
+            lambda found: write_text(
+                docs / "benchmarks" / "expert-parallel.json", found.model_dump_json(indent=1) + "\n"
+            )
+        )
+    page = docs / "expert-parallel.md"
+    write_text(page, rendered(page.read_text(encoding="utf-8"), load(docs)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
