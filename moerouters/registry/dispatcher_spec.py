@@ -18,4 +18,5 @@ class DispatcherSpec(BaseModel):
     summary: str = Field(min_length=1)
     """One line for listings."""
     factory: Callable[..., Any]
-    """Called with the keyword arguments that the run configures; returns the dispatcher."""
+    """Called as factory(site=site) once per layer, where site is a moerouters.dispatch.site.Site (group, layer name,
+    `name`); returns a moerouters.dispatch.base.Dispatcher."""
