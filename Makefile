@@ -46,6 +46,7 @@ docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from doc
 	$(BIN)/python -m moerouters_conformance.docs docs
 	$(BIN)/python -m tests.swap.survey_page docs
 	$(BIN)/python -m tests.dispatch.composition_page docs
+	PYTHONPATH=tests $(BIN)/python -m support.expert_parallel_page render docs
 
 docs-models: $(VENV)/.dev  ## Try every router class of the installed transformers, and write docs/models.md (2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.swap.survey docs

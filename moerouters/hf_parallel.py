@@ -111,6 +111,7 @@ def _rows_by_id(forward: Callable[..., Tensor], x_RD: Tensor, load_e: Tensor, *,
     Rows past load_e.sum() get the id of no expert, and are zeros before and after. cut: such ids are not understood
     (eager, in some classes), so these rows are left out, for which the host reads their number as eager does anyway.
     """
+    load_e = load_e.to(x_RD.device)  # a back-end that knows its loads beforehand has them on the host
     x_rD = x_RD[: int(load_e.sum())] if cut else x_RD
     if len(x_rD) == 0:
         # One row keeps experts and input in the graph: other ranks wait for this one in backward.

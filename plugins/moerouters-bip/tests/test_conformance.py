@@ -10,7 +10,7 @@ def test_conformance(router, check):
 
 @pytest.mark.slow
 @parametrize_with_checks(
-    ["bip:variant=published", "bip:iterations=14", "bip:iterations=1"],
+    ["bip:variant=published", "bip:iterations=14", "bip:iterations=1", "bip:scope=exact", "bip:scope=histogram"],
     expected_failures={
         "bip:variant=published": {
             "U08": "its thresholds stand on tokens' own scores: 3 of 2000 tokens tie there, and the last bit decides",
