@@ -2,6 +2,8 @@
 
 import pytest
 
+from moerouters_conformance import pool
+
 _COUNTED = "moerouters-loss-free"
 
 
@@ -11,3 +13,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parts = item.path.parts
         if item.path.name == "test_conformance.py" and "plugins" in parts and _COUNTED not in parts:
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.fixture(autouse=True)
+def patient_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the tests of the core: the ranks share two cores with other tests."""
+    monkeypatch.setattr(pool, "TIMEOUT_S", 300.0)

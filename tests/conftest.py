@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from moerouters_conformance import pool
+
 # Fixed examples and no deadline: the first torch call of a process can take seconds, and a flaky test is a bug.
 settings.register_profile("moerouters", deadline=None, derandomize=True)
 settings.load_profile("moerouters")
@@ -17,6 +19,12 @@ settings.load_profile("moerouters")
 if not torch.cuda.is_available():
     # Read when a module with @triton.jit is imported, so it has to stand before the first of them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def patient_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two test processes with four ranks each share two cores, and a job may compile: it hangs if it takes minutes."""
+    monkeypatch.setattr(pool, "TIMEOUT_S", 300.0)
 
 
 @pytest.fixture

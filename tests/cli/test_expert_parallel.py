@@ -33,6 +33,7 @@ def options(text: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_torchrun_trains_what_one_process_trains(tmp_path: Path) -> None:
     text = write_text(tmp_path)

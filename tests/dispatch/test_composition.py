@@ -11,7 +11,10 @@ from .composition_page import BACKENDS, COLUMNS, Cell, Composition
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Every column once, and every back-end about as often; the rest takes minutes.
-DIAGONAL = [(BACKENDS[index % len(BACKENDS)], column) for index, column in enumerate(COLUMNS)]
+DIAGONAL = [
+    pytest.param(BACKENDS[index % len(BACKENDS)], column, marks=[pytest.mark.slow] if "compile" in column else [])
+    for index, column in enumerate(COLUMNS)
+]
 
 
 def expect_as_published(backend: str, column: str) -> None:

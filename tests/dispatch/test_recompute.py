@@ -52,6 +52,7 @@ def test_checkpointing_changes_no_bit_and_balances_nothing_twice(way: str) -> No
             assert all(rank[i]["forward"] and not rank[i]["backward"] for rank in again), setup
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_retained_graph_is_recomputed_again_and_a_compiled_block_too() -> None:
     same = ((5, 3, 9, 7), (5, 3, 9, 7))  # the compiler takes seconds for each new size

@@ -55,7 +55,7 @@ def test_replayed_routing_gives_the_losses_of_one_process(corpus: Corpus, item: 
         assert max(apart.values()) <= LIMIT, apart
 
 
-@pytest.mark.parametrize("item", ["topk", GLOBAL_LOSS])
+@pytest.mark.parametrize("item", ["topk", pytest.param(GLOBAL_LOSS, marks=pytest.mark.slow)])
 def test_free_routing_gives_them_too(corpus: Corpus, item: str) -> None:
     one = course(corpus, item, steps=20)
     expected, _ = alone(one)
@@ -63,6 +63,7 @@ def test_free_routing_gives_them_too(corpus: Corpus, item: str) -> None:
     assert expected.apart(outcome) <= LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ["bip", "loss-controlled"])
 def test_what_looks_at_a_ranks_own_tokens_is_as_without_spread_experts(corpus: Corpus, item: str) -> None:
     """Such a router is another one on other slices of a batch: data-parallel ranks are the measure, not one process."""
@@ -75,6 +76,7 @@ def test_what_looks_at_a_ranks_own_tokens_is_as_without_spread_experts(corpus: C
         assert whole.apart(alone(one)[0]) > LIMIT
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_all_tokens_route_as_one_process(corpus: Corpus) -> None:
     """Also routers that look at their own tokens only: with tensor_sliced over all ranks these are the whole batch."""
     courses = [course(corpus, item) for item in ("bip", "loss-controlled")]
@@ -83,6 +85,7 @@ def test_ranks_that_hold_all_tokens_route_as_one_process(corpus: Corpus) -> None
         assert alone(one)[0].apart(outcome) <= LIMIT
 
 
+@pytest.mark.slow
 def test_ranks_with_nothing_to_validate(corpus: Corpus) -> None:
     """Six windows in batches of four: two ranks have none in the second batch, and take part."""
     one = course(corpus, validation_sequences=6)
@@ -92,6 +95,7 @@ def test_ranks_with_nothing_to_validate(corpus: Corpus) -> None:
         assert expected.apart(outcome) <= LIMIT
 
 
+@pytest.mark.slow
 def test_ranks_whose_experts_get_nothing(corpus: Corpus) -> None:
     one = course(corpus)
     _, tape = alone(one)
@@ -172,6 +176,7 @@ def spread_over(size: int, *, replicated: bool, dispatcher: str = "all_to_all") 
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_resumes_to_the_same_numbers(corpus: Corpus, tmp_path: Path) -> None:
     """One rank is asked to stop; the checkpoint holds the experts of all."""
     found = rank_pool().run(interrupted, Case(course=course(corpus, "loss-free"), dispatcher="all_gather"), tmp_path)

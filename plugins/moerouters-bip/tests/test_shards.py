@@ -48,6 +48,7 @@ def test_shards_find_the_dual_of_the_whole_bit_for_bit() -> None:
                 assert torch.equal(q_E, expected_E), f"{case}, {way}, rank {rank}: {q_E}, alone {expected_E}"
 
 
+@pytest.mark.slow  # four ranks compile
 @pytest.mark.dist
 @pytest.mark.parametrize("scope", ["exact", "histogram"])
 def test_ranks_route_as_one_process_would(scope: str) -> None:
