@@ -25,14 +25,27 @@ from moerouters.lab.corpus import VOCABULARY, standard_library
 from moerouters.metrics import max_violation
 from moerouters.swapping.module import SwappedRouter
 
-EXPERTS, CHOSEN, LENGTH, BATCH = 8, 2, 64, 8
+EXPERTS, CHOSEN, LENGTH, BATCH = 8, 2, 64, 16
+# Experts have to be what the model lacks, or it makes no difference how many of them work. They are narrow, and weights
+# start at about 1 / sqrt(hidden_size): from transformers' 0.02, which is meant for wide models, experts add next to
+# nothing: after 800 steps of the stock Qwen3-MoE, experts 128 wide instead of 8 are 1.7% ahead. From this start experts
+# 64 wide are 7% ahead.
 _SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "moe_intermediate_size": 32,
+    "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "moe_intermediate_size": 8,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": CHOSEN,
     "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "initializer_range": 0.12,
 }  # fmt: skip
-RATE = 0.02
+RATE = 0.01
 """Of loss-free: its sign steps have to cross what collapsed the gate."""
+PULL = {"qwen3_moe": 4.0, "deepseek_v3": 8.0}
+"""Added to two logits at the start: enough for stock to stay collapsed. A sigmoid needs more than a softmax, because it
+lets the others keep their half."""
+
+
+BEHIND = {"qwen3_moe": 1.0, "deepseek_v3": 1.005}
+"""Times the loss of stock. Qwen3-MoE, seeds 0 to 4: loss-free is 0.6% to 2.0% ahead, bip 0.5% to 2.3%. DeepSeek-V3:
+loss-free from 1.2% ahead to 0.2% behind, 0.4% ahead in the mean; bip (seeds 1 to 3) 0.3% to 2.2% ahead."""
 
 
 def qwen() -> PreTrainedModel:
@@ -44,7 +57,9 @@ def qwen() -> PreTrainedModel:
 def deepseek() -> PreTrainedModel:
     ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
     groups = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**_SIZES, **ranks, **groups, n_routed_experts=EXPERTS))
+    # The default factor of 2.5 is for 8 weights of 256 experts.
+    config = DeepseekV3Config(**_SIZES, **ranks, **groups, n_routed_experts=EXPERTS, routed_scaling_factor=1.0)
+    return DeepseekV3ForCausalLM(config)
 
 
 MODELS = {"qwen3_moe": qwen, "deepseek_v3": deepseek}
@@ -67,7 +82,7 @@ class Outcome:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The order of sums depends on the number of threads, and what 240 steps lead to on the order of sums."""
+    """The order of sums depends on the number of threads, and what 700 steps lead to on the order of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -97,17 +112,17 @@ def collapsed(kind: str) -> PreTrainedModel:
     gates = [layer.mlp.gate for layer in model.model.layers]
     hooks = [gate.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for gate in gates]
     with torch.no_grad():
-        model(validation())
+        model(validation(32))
         for gate, hidden in zip(gates, seen, strict=True):
             mean_D = hidden.reshape(-1, hidden.shape[-1]).mean(dim=0)
-            gate.weight[:CHOSEN] += 1.5 * mean_D / mean_D.square().sum()
+            gate.weight[:CHOSEN] += PULL[kind] * mean_D / mean_D.square().sum()
     for hook in hooks:
         hook.remove()
     return model
 
 
-def validation() -> Tensor:
-    return validation_windows(standard_library().validation, count=32, length=LENGTH - 1)
+def validation(count: int) -> Tensor:
+    return validation_windows(standard_library().validation, count=count, length=LENGTH - 1)
 
 
 def measure(model: PreTrainedModel) -> tuple[float, float]:
@@ -116,8 +131,9 @@ def measure(model: PreTrainedModel) -> tuple[float, float]:
     stock = not any(isinstance(module, SwappedRouter) for module in model.modules())
     if stock:
         swap(model, "topk")  # chooses bit for bit as stock, and writes down what it chose
+    windows = validation(512)
     with record(model) as tape, torch.no_grad():
-        loss = model(validation(), labels=validation()).loss.item()
+        loss = model(windows, labels=windows).loss.item()
     if stock:
         unswap(model)
     loads = [torch.bincount(ids.reshape(-1).long(), minlength=EXPERTS) for (ids,) in tape.expert_ids.values()]
@@ -130,8 +146,8 @@ def train(kind: str, router: str, folder: Path, steps: int) -> Outcome:
     if router != "stock":
         swap(model, router, config={"rate": RATE} if router == "loss-free" else None)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-3, seed=0,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=5, logging_steps=20, report_to=[], save_strategy="no",
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=8e-3, seed=0,
+        lr_scheduler_type="linear", warmup_steps=5, logging_steps=20, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     callbacks = [] if router == "stock" else [RouterCallback()]
@@ -148,17 +164,14 @@ def train(kind: str, router: str, folder: Path, steps: int) -> Outcome:
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_collapsed_model_is_balanced_and_learns(kind: str, tmp_path: Path) -> None:
     """Two of eight experts take nearly all at the start, and MaxVio can be 3 at most; stock stays collapsed."""
-    runs = {router: train(kind, router, tmp_path / router, steps=240) for router in ("stock", "loss-free", "bip")}
-    assert all(run.first > 2.5 for run in runs.values())
+    runs = {router: train(kind, router, tmp_path / router, steps=700) for router in ("stock", "loss-free", "bip")}
+    assert all(run.first > 2.25 for run in runs.values())
     assert runs["stock"].last > 1.5
     assert runs["loss-free"].logged[-1] < 0.75, "on the batches of the last 20 steps"
     assert runs["bip"].logged[-1] < 0.1
     for router, run in runs.items():
-        # After 240 steps six experts that started from nothing have not caught up. In the mean of three seeds the
-        # balanced models are 1.3% (Qwen3-MoE) and 1.6% (DeepSeek-V3) behind; single runs are from 4.8% behind to 2.4%
-        # ahead.
-        assert run.loss < 1.06 * runs["stock"].loss, router
         if router != "stock":
+            assert run.loss <= BEHIND[kind] * runs["stock"].loss, router
             assert run.last < 1.0, "in eval, on text it has not seen"
         expect_served_by_stock(kind, run, tmp_path / router)
 
@@ -175,5 +188,6 @@ def expect_served_by_stock(kind: str, run: Outcome, folder: Path) -> None:
     served = type(run.model).from_pretrained(folder / "final").eval()
     if kind == "qwen3_moe":
         unswap(run.model)  # it has no correction bias, so stock transformers route by the trained gate alone
+    windows = validation(32)
     with torch.no_grad():
-        torch.testing.assert_close(served(validation()).logits, run.model(validation()).logits)
+        torch.testing.assert_close(served(windows).logits, run.model(windows).logits)
