@@ -43,7 +43,7 @@ class MoELayer(RoutedModule):
     loss_mode: `collect` hands the router's losses out in the assignment, `inject` feeds them to the backward pass (see
     `moerouters.losses`). capacity_factor: None drops nothing; c keeps ceil(c * T * K / E) tokens per expert.
     shared_size: width of a shared expert that sees every token; 0 for none. dispatcher: how tokens reach experts; if
-    that is over several ranks, this layer holds the experts of this rank (see `moerouters.expert_parallel`).
+    that is over several ranks, this layer holds the experts of this rank (see `moerouters.shard_experts`).
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class MoELayer(RoutedModule):
                 f"the layer holds {here} experts, the dispatcher reaches {dispatcher.num_ranks} ranks, and the router "
                 f"chooses among {num_experts}.",
                 why="every rank of the group holds num_experts / ranks experts",
-                fix="let moerouters.expert_parallel(model, group) split the experts and set the dispatcher",
+                fix="let moerouters.shard_experts(model, group) split the experts and set the dispatcher",
             )
         self.dispatcher, self.chunks = dispatcher, chunks
         self._through_experts = through_experts

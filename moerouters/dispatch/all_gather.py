@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moerouters.dispatch.agreement import HEADER, expect_agreement, gather_headers, header
-from moerouters.dispatch.base import Arrival, Later, Pending
+from moerouters.dispatch.base import Arrival, Later, OverRanks, Pending
 from moerouters.dispatch.exchange import AllGather, ReduceScatter, start
 from moerouters.dispatch.plan import DispatchPlan
 from moerouters.dispatch.site import Site
@@ -39,21 +39,12 @@ class _WayBack:
     """Which of the tokens of all ranks a row is."""
 
 
-class AllGatherDispatcher:
+class AllGatherDispatcher(OverRanks):
     """Ranks hold different tokens, of which there may be unequal numbers.
 
     Each way there is one collective of rows: a gather of tokens, and a reduce-scatter of what each rank's experts add
     to them, in the dtype of the weights. Sizes go ahead and are read on the host; ids and weights are gathered too.
     """
-
-    replicated = False
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-
-    @property
-    def num_ranks(self) -> int:
-        return self.site.num_ranks
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Arrival]:
         here = self.site.experts_here(plan.num_experts)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moerouters.dispatch.agreement import HEADER, expect_agreement, header
-from moerouters.dispatch.base import Arrival, Later, Pending
+from moerouters.dispatch.base import Arrival, Later, OverRanks, Pending
 from moerouters.dispatch.exchange import AllToAll, start
 from moerouters.dispatch.plan import DispatchPlan
 from moerouters.dispatch.site import Site
@@ -24,17 +24,8 @@ class _WayBack:
     """From rows by expert to rows as they came, by rank."""
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(OverRanks):
     """Ranks hold different tokens. One small exchange of counts, read on the host, then one of rows, each way."""
-
-    replicated = False
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-
-    @property
-    def num_ranks(self) -> int:
-        return self.site.num_ranks
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Arrival]:
         self.site.experts_here(plan.num_experts)

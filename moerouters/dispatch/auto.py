@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moerouters.dispatch.base import Arrival, Dispatcher, Pending
+from moerouters.dispatch.base import Arrival, Dispatcher, OverRanks, Pending
 from moerouters.dispatch.cost import Sizes, Speeds, costs, default_speeds
 from moerouters.dispatch.local import LocalDispatcher
 from moerouters.dispatch.names import built_in
@@ -20,7 +20,7 @@ from moerouters.dispatch.site import Site
 _log = logging.getLogger("moerouters")
 
 
-class AutoDispatcher:
+class AutoDispatcher(OverRanks):
     """all_to_all, all_gather or padded, by the model of moerouters/dispatch/cost.py; never one that asks for the same
     tokens on all ranks. In a group of one rank, local.
 
@@ -31,17 +31,12 @@ class AutoDispatcher:
         layer.set_dispatcher(AutoDispatcher(Site(group, layer="layer", backend="auto"), speeds=measure(group)))
     """
 
-    replicated = False
-
     def __init__(self, site: Site, *, speeds: Speeds | None = None) -> None:
-        self.site, self.speeds = site, speeds
+        super().__init__(site)
+        self.speeds = speeds
         self.chosen: str | None = None
         """Name of the back-end; None before the first forward."""
         self._dispatcher: Dispatcher | None = None
-
-    @property
-    def num_ranks(self) -> int:
-        return self.site.num_ranks
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Arrival]:
         if self._dispatcher is None:

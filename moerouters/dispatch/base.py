@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 
 from moerouters.dispatch.plan import DispatchPlan
+from moerouters.dispatch.site import Site
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -80,3 +81,17 @@ class Dispatcher(Protocol):
         `weights` is in the assignment's shape. The result is in the weights' dtype (float32 sums of bf16 rows).
         """
         ...
+
+
+class OverRanks:
+    """What every back-end over the ranks of a Site has in common; by default they hold different tokens."""
+
+    replicated = False
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    @property
+    def num_ranks(self) -> int:
+        """Over how many ranks the experts are split."""
+        return self.site.num_ranks

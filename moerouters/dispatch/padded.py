@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moerouters.dispatch.agreement import HEADER, expect_agreement, gather_headers, header
-from moerouters.dispatch.base import Arrival, Later, Pending
+from moerouters.dispatch.base import Arrival, Later, OverRanks, Pending
 from moerouters.dispatch.exchange import AllToAll, start
 from moerouters.dispatch.plan import DispatchPlan
 from moerouters.dispatch.site import Site
@@ -28,7 +28,7 @@ class _WayBack:
     """int64, where in the buffer [num_experts * capacity] a pair lies; one past its end for an empty pair."""
 
 
-class PaddedDispatcher:
+class PaddedDispatcher(OverRanks):
     """Ranks hold different tokens and the same capacity. One exchange of full blocks each way, of equal size.
 
     Needs an assignment that `limit_capacity` cut (a layer's capacity_factor): what was dropped is in
@@ -43,16 +43,10 @@ class PaddedDispatcher:
     has more rows than its capacity (on a GPU this is an assertion on the device).
     """
 
-    replicated = False
-
     def __init__(self, site: Site) -> None:
-        self.site = site
+        super().__init__(site)
         self._headers: dict[tuple[Any, ...], Tensor] = {}
         """By form of a block, those that all ranks had at some time."""
-
-    @property
-    def num_ranks(self) -> int:
-        return self.site.num_ranks
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Arrival]:
         here = self.site.experts_here(plan.num_experts)

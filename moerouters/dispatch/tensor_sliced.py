@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moerouters.dispatch.agreement import HEADER, expect_agreement, gather_headers, header
-from moerouters.dispatch.base import Arrival, Later, Pending
+from moerouters.dispatch.base import Arrival, Later, OverRanks, Pending
 from moerouters.dispatch.exchange import EnterRegion, LeaveRegion, start
 from moerouters.dispatch.plan import DispatchPlan
 from moerouters.dispatch.site import Site
@@ -17,7 +17,7 @@ from moerouters.dispatch.weighted_sum import weighted_sum
 from moerouters.errors import DispatchError
 
 
-class TensorSlicedDispatcher:
+class TensorSlicedDispatcher(OverRanks):
     """Every rank holds the same tokens, as in a tensor-parallel group, and computes the rows of its own experts.
 
     Dispatch moves nothing; combine is one all-reduce of y_TD. Shapes are static: each rank carries all N rows, its own
@@ -34,13 +34,9 @@ class TensorSlicedDispatcher:
     replicated = True
 
     def __init__(self, site: Site) -> None:
-        self.site = site
+        super().__init__(site)
         self._headers: dict[tuple[Any, ...], Tensor] = {}
         """Of the forms of a token that all ranks were seen to share."""
-
-    @property
-    def num_ranks(self) -> int:
-        return self.site.num_ranks
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Arrival]:
         here = self.site.experts_here(plan.num_experts)

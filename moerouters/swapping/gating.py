@@ -156,9 +156,12 @@ class ModelGating(Gating):
             return self._finish(best_TK, ids_TK), ids_TK  # nothing moved selection: what was best is what weighs
         return self.weigh_full(scores_TE, ids_TK), ids_TK
 
-    def serve(self, hidden_TD: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def serve(
+        self, hidden_TD: Tensor, bias_E_of: Callable[[Tensor], Tensor | None] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """([T, E] logits, [T, K] weights, [T, K] ids): `project`, `score` and `choose` in one frame, where `straight`.
 
+        bias_E_of: from scores to what is added to them for selection; None for a router that leaves them alone.
         For a decoded token a router's time is mostly Python's (docs/swapping.md has the figures).
         """
         reading = self.reading
@@ -170,6 +173,7 @@ class ModelGating(Gating):
         wide = self._scores_wide and logits_TE.dtype == torch.float32
         scores_TE = self._function(logits_TE) if wide else self.score(logits_TE)
         adjusted_TE = scores_TE if reading.correction_bias is None else self.corrected(scores_TE)
+        bias_E = None if bias_E_of is None else bias_E_of(scores_TE)
         if bias_E is not None:
             adjusted_TE = adjusted_TE + bias_E
         if reading.groups is not None:

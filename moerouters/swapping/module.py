@@ -25,8 +25,6 @@ from moerouters.types import RouteContext
 _ANY = RouteContext(valid_T=torch.ones(0, dtype=torch.bool))
 """For a bias that does not depend on the batch."""
 
-_NO_SCORES = torch.empty(0)
-
 _ADDED = (
     *("router", "router_name", "gating", "adapter", "batch", "tape", "running", "loss_mode"),
     *("_num_losses", "_lean", "_state_bias", "_straight"),
@@ -58,12 +56,9 @@ class SwappedRouter(RoutedModule):
     def forward(self, hidden_states: Tensor, *handed_in: Any, **named: Any) -> Any:
         if self._straight and not self.training and self.tape is None:
             gating = self.gating
-            bias_E = None
-            if not gating.exact:
-                router: Any = self._modules["router"]  # by attribute it takes 1 us, see `gating`
-                bias_E = router.bias_E(_NO_SCORES, _ANY)
+            bias_E_of = None if gating.exact else self._bias_E_of
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-            logits_TE, weights_TK, ids_TK = gating.serve(hidden_TD, bias_E)
+            logits_TE, weights_TK, ids_TK = gating.serve(hidden_TD, bias_E_of)
             dtype = self.adapter.weights_dtype(gating, hidden_TD, logits_TE)
             return logits_TE, cast(weights_TK, dtype), ids_TK
         return self.adapter.forward(self, hidden_states, *handed_in, **named)
@@ -100,6 +95,11 @@ class SwappedRouter(RoutedModule):
             ctx = replace(ctx, valid_T=logits_TE.new_ones(logits_TE.shape[0], dtype=torch.bool))
         _, adjusted_TE = self.router._adjusted(scores_TE, ctx)
         return gating.choose(scores_TE, adjusted_TE)
+
+    def _bias_E_of(self, scores_TE: Tensor) -> Tensor | None:
+        router: Any = self._modules["router"]  # by attribute it takes 1 us, see `gating`
+        bias_E: Tensor | None = router.bias_E(scores_TE, _ANY)
+        return bias_E
 
     def _context(self, num_tokens: int, hidden_TD: Tensor | None) -> RouteContext:
         if self.batch is None:

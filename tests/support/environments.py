@@ -87,7 +87,9 @@ class Environment:
 
 def make_environment(root: Path) -> Environment:
     """Create an environment under ``root`` (made if missing) that imports the third-party packages of this one."""
-    prefix, overlay = root / "venv", root / "third_party"
+    # Hypothesis reads the source of every imported module outside a folder of this name for numbers to try, which for
+    # the whole of torch takes half a minute.
+    prefix, overlay = root / "venv", root / "third_party" / "site-packages"
     overlay.mkdir(parents=True)
     for folder in {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}:
         for entry in sorted(folder.iterdir()):

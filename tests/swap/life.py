@@ -155,3 +155,13 @@ def hooks(model: nn.Module) -> dict[str, Sequence[int]]:
     """How many hooks of each kind every module has."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_backward_hooks")
     return {name: [len(getattr(module, kind)) for kind in kinds] for name, module in model.named_modules()}
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """What ranks must agree on beside the weights: state of routers, and correction biases."""
+    found = {
+        f"{name}.{key}": each.router.get_buffer(key).clone()
+        for name, each in routers(model).items()
+        for key in each.router.state_names()
+    }
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers() if "correction_bias" in name}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moerouters import attach, swap
 
-from .life import LOUD, batch, prepared, routers, sgd, tiny, train
+from .life import LOUD, batch, learned, prepared, sgd, tiny, train
 
 STEPS = 2
 CASES = [
@@ -44,16 +44,6 @@ def sharded(model: PreTrainedModel) -> nn.Module:
 
 def replicated(model: PreTrainedModel) -> nn.Module:
     return DistributedDataParallel(model)
-
-
-def learned(model: nn.Module) -> dict[str, Tensor]:
-    """What ranks must agree on beside the weights: state of routers, and correction biases."""
-    found = {
-        f"{name}.{key}": each.router.get_buffer(key).clone()
-        for name, each in routers(model).items()
-        for key in each.router.state_names()
-    }
-    return found | {name: buffer.clone() for name, buffer in model.named_buffers() if "correction_bias" in name}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

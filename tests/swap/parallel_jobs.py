@@ -18,7 +18,7 @@ from moerouters import attach, swap
 from moerouters.errors import ConfigError
 from moerouters.hf import token_group
 
-from .life import routers
+from .life import learned, routers
 from .tiny_experts import by_transformers, experts_of, fed, pull_of
 
 WORLD = 4
@@ -118,15 +118,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: whole(p.detach()) for n, p in model.named_parameters() if n.endswith("gate.weight")}
-
-
-def learned(model: nn.Module) -> dict[str, Tensor]:
-    found = {
-        f"{name}.{key}": each.router.get_buffer(key).clone()
-        for name, each in routers(model).items()
-        for key in each.router.state_names()
-    }
-    return found | {name: buffer.clone() for name, buffer in model.named_buffers() if "correction_bias" in name}
 
 
 def whole(tensor: Tensor) -> Tensor:

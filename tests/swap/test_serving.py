@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from moerouters import swap
+from moerouters import API_VERSION, Gating, RouteContext, Router, RouterConfig, RouterSpec, registry, swap
 
 from .life import MODELS, in_dtype, routers, tiny
 
@@ -28,4 +29,30 @@ def test_serving_straight_changes_no_bit(name: str, dtype: torch.dtype, chosen_b
             long = router(hidden)
         for have, want in zip(short, long, strict=True):
             assert have.dtype == want.dtype
+            assert torch.equal(have, want)
+
+
+class Slope(Router):
+    """A bias that depends on the number of experts, which it reads from the scores."""
+
+    def __init__(self, gating: Gating, config: RouterConfig) -> None:
+        super().__init__(gating)
+
+    def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
+        return torch.linspace(0, 0.3, scores_TE.shape[1])
+
+
+def test_a_bias_sees_the_scores_in_serving_too() -> None:
+    model = tiny("qwen")
+    spec = RouterSpec(name="slope", api=API_VERSION, summary="Prefers late experts.", factory=Slope)
+    with registry.temporary(spec):
+        swap(model, "slope")
+    for router in routers(model).values():
+        assert router._straight
+        hidden = torch.randn(1, 33, router.weight.shape[1])
+        with torch.no_grad():
+            short = router(hidden)
+            router._straight = False
+            long = router(hidden)
+        for have, want in zip(short, long, strict=True):
             assert torch.equal(have, want)
