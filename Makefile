@@ -11,7 +11,8 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 PLUGIN_FOLDERS := $(patsubst %/pyproject.toml,./%,$(PLUGINS))
 SUITE := conformance/pyproject.toml
 # A file's tests stay in one process, which share its module fixtures: an environment, a trained model, a compiler's cache.
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# In the order of collection: by number of tests, the longest file (two tests, a minute) would start last and alone.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help

@@ -53,8 +53,8 @@ def cases(draw: st.DrawFn, dispatcher: str, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("dispatcher", BACKENDS)
 def test_output_and_gradients_are_those_of_one_process(dispatcher: str, dtype: torch.dtype) -> None:
     # Not shrunk: each case is small already, the message names it, and a rank that raises costs a start of the pool.
-    # The first example is always the simplest, here the BATCH simplest cases.
-    @settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
+    # The first example is always the simplest, here the BATCH simplest cases. Halves take the way of doubles.
+    @settings(max_examples=3 if dtype == torch.float64 else 2, phases=[Phase.explicit, Phase.generate])
     @given(st.lists(cases(dispatcher, dtype), min_size=BATCH, max_size=BATCH, unique=True))
     def check(batch: list[Case]) -> None:
         by_rank = rank_pool().run(steps, batch)
