@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+SMALL = 4096
+"""Up to this many values a stable sort is faster than numpy's ten calls: a decoded token is not to wait for them."""
+CHUNK = 1 << 18
+"""Values that one thread looks at in one go: 1 MiB, so that what it writes stays in its cache."""
 
 
 def topk_lowest_id(values_TE: Tensor, k: int) -> Tensor:
@@ -11,9 +20,74 @@ def topk_lowest_id(values_TE: Tensor, k: int) -> Tensor:
 
     torch.topk leaves the order of ties open, and it differs between devices; ties are common in routing (equal logits
     of a fresh gate, saturated sigmoids, bf16). NaN ranks below every number except -inf; -0.0 equals 0.0.
-
-    A stable sort of the row costs three times a torch.topk on a CPU (48 against 15 ms at T = 16384, E = 64, K = 8).
     """
+    # The size is not looked at while compiling: it would become a guard on the number of tokens.
+    if values_TE.device.type == "cpu" and (torch.compiler.is_compiling() or values_TE.numel() > SMALL):
+        ids_Tk: Tensor = _topk_cpu(values_TE.detach(), k)
+        return ids_Tk
+    return topk_lowest_id_torch(values_TE, k)
+
+
+def topk_lowest_id_torch(values_TE: Tensor, k: int) -> Tensor:
+    """Reference of `topk_lowest_id`: a stable sort of every row."""
     lowest = torch.finfo(values_TE.dtype).min
     ranked_TE = torch.nan_to_num(values_TE, nan=lowest, posinf=float("inf"), neginf=-float("inf"))
     return ranked_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@torch.library.custom_op("moerouters::topk_lowest_id_cpu", mutates_args=(), device_types="cpu")
+def _topk_cpu(values_TE: Tensor, k: int) -> Tensor:
+    if values_TE.numel() <= SMALL or values_TE.dim() != 2 or values_TE.dtype == torch.float64 or k == 0:
+        return topk_lowest_id_torch(values_TE, k).contiguous()
+    T, E = values_TE.shape
+    wide_TE = values_TE.float().numpy()
+    ids_Tk = torch.empty(T, k, dtype=torch.int64)
+    out_Tk, lowest = ids_Tk.numpy(), torch.finfo(values_TE.dtype).min
+    rows = max(CHUNK // E, 1)
+    parts = [slice(start, start + rows) for start in range(0, T, rows)]
+
+    def run(part: slice) -> None:
+        out_Tk[part] = _topk_rows(wide_TE[part], k, lowest)
+
+    # numpy lets go of the interpreter while it works. The threads end with the call: kept ones would not survive a fork.
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads == 1:
+        for part in parts:
+            run(part)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, parts))
+    return ids_Tk
+
+
+@_topk_cpu.register_fake
+def _(values_TE: Tensor, k: int) -> Tensor:
+    return values_TE.new_empty((*values_TE.shape[:-1], k), dtype=torch.int64)
+
+
+def _topk_rows(values_TE: NDArray[np.float32], k: int, lowest: float) -> NDArray[np.int64]:
+    """As `topk_lowest_id`, NaN counting as `lowest`. All that reaches the k-th largest value of its row, then sorted: only k of E values per row ever are.
+
+    At T = 65536, E = 64, k = 8 the partition takes 12 ms, finding what reaches it 8 and ordering that 8 (one core);
+    torch.topk takes 72, a stable sort 225, and a partition of 64-bit keys that hold value and column 38.
+    """
+    T, E = values_TE.shape
+    best_Tk = np.partition(values_TE, E - k, axis=-1)[:, E - k :]  # NaN goes last
+    if np.isnan(best_Tk).any():
+        return _topk_rows(np.where(np.isnan(values_TE), np.float32(lowest), values_TE), k, lowest)
+    cut_T1 = best_Tk[:, :1]
+    chosen_TE = values_TE >= cut_T1
+    flat_N = np.flatnonzero(chosen_TE)
+    if len(flat_N) > T * k:  # some rows hold the cut more often than there is room
+        tied = np.flatnonzero(np.count_nonzero(chosen_TE, axis=-1) > k)
+        above_tE, equal_tE = values_TE[tied] > cut_T1[tied], values_TE[tied] == cut_T1[tied]
+        room_t1 = k - np.count_nonzero(above_tE, axis=-1, keepdims=True)
+        chosen_TE[tied] = above_tE | (equal_tE & (equal_tE.cumsum(axis=-1) <= room_t1))
+        flat_N = np.flatnonzero(chosen_TE)
+    # Keys that rise as values fall and then as columns rise: the bits of a float, those below the sign flipped where it
+    # is set, rise with the float. Adding 0 makes 0.0 of -0.0.
+    bits_N = (values_TE.reshape(-1)[flat_N] + np.float32(0)).view(np.int32)
+    falling_N = ~(bits_N ^ ((bits_N >> 31) & 0x7FFFFFFF))
+    keys_Tk = ((falling_N.astype(np.int64) << 32) | flat_N).reshape(T, k)
+    keys_Tk.sort(axis=-1)
+    return (keys_Tk & 0xFFFFFFFF) - np.arange(0, T * E, E)[:, None]
