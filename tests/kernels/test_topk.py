@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from moerouters.kernels import topk
-from moerouters.kernels.topk import topk_lowest_id, topk_lowest_id_torch
+from moerouters.kernels.topk import _by_argmax, _by_partition, topk_lowest_id, topk_lowest_id_torch
 from support.oracles import top_ids
 
 values = st.one_of(
@@ -72,9 +72,15 @@ def test_chosen_as_by_a_stable_sort(
     rows_T1 = torch.rand(shape[0], 1, generator=random) < odd
     values_TE = torch.where(rows_T1 & (torch.rand(shape, generator=random) < 0.5), edges, values_TE)
     k = min(k, shape[1])
+    expected = topk_lowest_id_torch(values_TE, k)
     with mock.patch.multiple(topk, SMALL=0, CHUNK=256):
-        found = topk_lowest_id(values_TE, k)
-    assert torch.equal(found, topk_lowest_id_torch(values_TE, k))
+        assert torch.equal(topk_lowest_id(values_TE, k), expected)
+    lowest = torch.finfo(dtype).min
+    found = _by_partition(values_TE.float().numpy(), k, lowest)
+    assert found.tolist() == expected.tolist()
+    found = _by_argmax(values_TE.float().numpy(), k)
+    assert found is None or found.tolist() == expected.tolist()
+    assert found is not None or not bool(values_TE.isfinite().all())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
