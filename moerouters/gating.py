@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from moerouters.errors import ConfigError, ShapeError
+from moerouters.kernels.gating import Rule, open_groups, score_groups, score_logits, take_along_experts, weigh_chosen
 from moerouters.kernels.topk import topk_lowest_id
 from moerouters.state import StatefulModule
+
+__all__ = ["Gating", "GatingSettings", "ScoreFunction", "take_along_experts"]
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus", "relu", "identity"]
 
@@ -83,6 +85,8 @@ class Gating(StatefulModule):
     def __init__(self, settings: GatingSettings) -> None:
         super().__init__()
         self.settings = settings
+        shared = {name: getattr(settings, name) for name in Rule._fields}
+        self.rule = Rule(**shared)
         if settings.correction_bias:
             self.register_state("correction_bias_E", settings.num_experts)
 
@@ -154,18 +158,7 @@ class Gating(StatefulModule):
 
     def score(self, logits_TE: Tensor) -> Tensor:
         """[T, E] scores of prepared logits."""
-        match self.settings.score:
-            case "softmax":
-                return logits_TE.softmax(dim=-1)
-            case "sigmoid":
-                return logits_TE.sigmoid()
-            case "sqrtsoftplus":
-                # softplus underflows to 0 below -104, where the root's derivative is infinite and 0 * inf is NaN.
-                return F.softplus(logits_TE).clamp_min(torch.finfo(logits_TE.dtype).tiny).sqrt()
-            case "relu":
-                return logits_TE.relu()
-            case "identity":
-                return logits_TE
+        return score_logits(logits_TE, self.settings.score)
 
     def probabilities(self, logits_TE: Tensor) -> Tensor:
         """[T, E], rows that sum to 1, for auxiliary losses: softmax, or the scores over their sum (DeepSeek-V3).
@@ -187,15 +180,8 @@ class Gating(StatefulModule):
         s = self.settings
         if s.kept_groups == s.num_groups:
             return adjusted_TE
-        grouped_TGe = adjusted_TE.reshape(-1, s.num_groups, s.num_experts // s.num_groups)
-        if s.group_score == "max":
-            group_scores_TG = grouped_TGe.amax(dim=-1)
-        else:
-            group_scores_TG = grouped_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        kept_ids = self.top(group_scores_TG, s.kept_groups)
-        kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(1, kept_ids, True)
-        limited_TGe = grouped_TGe.masked_fill(~kept_TG.unsqueeze(-1), -float("inf"))
-        return limited_TGe.reshape(adjusted_TE.shape)
+        group_scores_TG = score_groups(adjusted_TE, s.num_groups, s.group_score)
+        return open_groups(group_scores_TG, self.top(group_scores_TG, s.kept_groups), adjusted_TE)
 
     def top(self, values: Tensor, k: int) -> Tensor:
         """Columns of the k largest values per row, falling, ties as the settings say."""
@@ -205,18 +191,7 @@ class Gating(StatefulModule):
 
     def weigh(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """[T, K] combine weights of the chosen experts from *unadjusted* scores; empty slots (id E) get 0."""
-        empty_TK = expert_ids_TK == self.num_experts
-        chosen_TK = take_along_experts(scores_TE, expert_ids_TK)
-        if self.settings.softmax_after_topk:
-            # A finite floor instead of -inf: a row of empty slots only must not become NaN, nor its gradient.
-            weights_TK = chosen_TK.masked_fill(empty_TK, torch.finfo(chosen_TK.dtype).min).softmax(dim=-1)
-            return weights_TK.masked_fill(empty_TK, 0) * self.settings.scale
-        weights_TK = chosen_TK.masked_fill(empty_TK, 0)
-        if self.settings.renormalize:
-            # A row without experts has nothing to share out; with eps = 0 it would be 0 / 0.
-            sums_T1 = weights_TK.sum(dim=-1, keepdim=True) + self.settings.eps
-            weights_TK = weights_TK / torch.where(empty_TK.all(dim=-1, keepdim=True), 1.0, sums_T1)
-        return weights_TK * self.settings.scale
+        return weigh_chosen(scores_TE, expert_ids_TK, self.rule)
 
     def weigh_pairs(self, scores_TE: Tensor, token_ids_N: Tensor, expert_ids_N: Tensor) -> Tensor:
         """[N] combine weights of (token, expert) pairs; empty pairs (expert id E) get 0. Same rule as `weigh`."""
@@ -241,17 +216,6 @@ class Gating(StatefulModule):
     def extra_repr(self) -> str:
         shown = self.settings.model_dump(exclude_defaults=True)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def take_along_experts(values_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    """[T, K] values at the given ids; the id E reads expert E-1 (mask it after).
-
-    index_select rather than gather: its backward is deterministic on every device.
-    """
-    T, E = values_TE.shape
-    rows_T1 = torch.arange(T, device=values_TE.device).unsqueeze(1) * E
-    flat_N = (rows_T1 + expert_ids_TK.clamp(max=E - 1)).reshape(-1)
-    return values_TE.reshape(-1).index_select(0, flat_N).reshape(expert_ids_TK.shape)
 
 
 def _one_line(error: Any) -> str:
