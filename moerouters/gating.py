@@ -85,8 +85,7 @@ class Gating(StatefulModule):
     def __init__(self, settings: GatingSettings) -> None:
         super().__init__()
         self.settings = settings
-        shared = {name: getattr(settings, name) for name in Rule._fields}
-        self.rule = Rule(**shared)
+        self.rule = Rule(*[getattr(settings, name) for name in Rule._fields])
         if settings.correction_bias:
             self.register_state("correction_bias_E", settings.num_experts)
 
@@ -141,6 +140,11 @@ class Gating(StatefulModule):
     def domain(self) -> Literal["unit", "real"]:
         """Where scores live: `unit` (softmax, sigmoid: [0, 1]) or `real`. Bias rates and thresholds depend on it."""
         return "unit" if self.settings.score in ("softmax", "sigmoid") else "real"
+
+    @property
+    def fusable(self) -> bool:
+        """Whether `rule` says it all, so that `fused_gating` may do it: no adapter, no soft cap, no ties of torch."""
+        return type(self) is Gating and self.settings.soft_cap is None and self.settings.ties == "lowest_id"
 
     def prepare(self, logits_TE: Tensor) -> Tensor:
         """logits in the compute dtype (float32; float64 stays), soft-capped. Raises ShapeError on a wrong E."""

@@ -232,3 +232,46 @@ def test_update_of_a_router_without_one_does_nothing() -> None:
     router.update({})
     assert router.state_dict() == before
     assert Balanced.update is not Router.update
+
+
+class Stepwise(Router):
+    """A stage of its own, so no operator does it all at once."""
+
+    reads = frozenset()
+
+    def adjust(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
+        return super().adjust(scores_TE, ctx)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_groups": 3, "kept_groups": 2, "scale": 2.0}], ids=str)
+@pytest.mark.parametrize("make", [Gating.softmax, Gating.sigmoid, Gating.sqrtsoftplus, Gating.softmax_after_topk])
+@pytest.mark.parametrize("odd", [False, True])
+def test_one_operator_gives_the_bits_of_the_stages(make: Any, settings: dict[str, Any], odd: bool) -> None:
+    """Many tokens, so that the operator is used; its gradient, too."""
+    gating = make(E, K, **settings)
+    logits_TE = logits_of(2000)
+    ctx = RouteContext()
+    if odd:
+        logits_TE[torch.arange(2000) % 7 == 0] = 0.5
+        logits_TE[5, 1], logits_TE[6, 2], logits_TE[7] = torch.nan, torch.inf, -torch.inf
+        ctx = RouteContext(valid_T=torch.arange(2000) % 5 != 0)
+    logits_TE.requires_grad_()
+    results = []
+    for router in (Router(gating), Stepwise(gating)):
+        assignment = router(logits_TE, ctx)
+        slopes_TK = torch.linspace(-1, 1, 2000 * K).reshape(2000, K)
+        gradient_TE = torch.autograd.grad(assignment.weights, logits_TE, slopes_TK)[0]
+        results.append(tensors_of(assignment) | {"gradient_TE": gradient_TE})
+    assert Router(gating)._fuses(logits_TE, ctx)
+    assert not Stepwise(gating)._fuses(logits_TE, ctx)
+    assert_same_bits(*results)
+
+
+def test_who_reads_scores_is_not_fused_on_a_cpu() -> None:
+    logits_TE = logits_of(2000)
+    assert not Noting(Gating.sigmoid(E, K))._fuses(logits_TE, RouteContext())
+    assert not balanced()._fuses(logits_TE, RouteContext())
+    plain = Router(Gating.softmax(E, K))
+    assert not plain._fuses(logits_TE, RouteContext(forced_ids_TK=torch.zeros(2000, K, dtype=torch.int64)))
+    assert not Router(Gating.softmax(E, K, soft_cap=5.0))._fuses(logits_TE, RouteContext())
+    assert not Router(Gating.softmax(E, K, ties="torch"))._fuses(logits_TE, RouteContext())

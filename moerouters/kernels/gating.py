@@ -6,7 +6,6 @@ at a time: what it writes in between stays in cache, and its bits are those of t
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from moerouters.kernels.counts import count_experts
 from moerouters.kernels.topk import topk_lowest_id
 
-CHUNK = 1 << 18
-"""Logits of one chunk on a CPU: 1 MiB in float32."""
+CHUNK = 1 << 20
+"""Logits of one chunk on a CPU: 4 MiB in float32."""
+HAS_TRITON = find_spec("triton") is not None
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32
 """What the Triton kernel holds in registers, and passes it is unrolled to."""
 
@@ -87,18 +87,32 @@ def score_groups(values_TE: Tensor, num_groups: int, group_score: str) -> Tensor
 
 def weigh_chosen(scores_TE: Tensor, expert_ids_TK: Tensor, rule: Rule) -> Tensor:
     """[T, K] combine weights of the chosen experts; empty slots (id E) get 0."""
-    empty_TK = expert_ids_TK == scores_TE.shape[1]
-    chosen_TK = take_along_experts(scores_TE, expert_ids_TK)
+    return _weigh(take_along_experts(scores_TE, expert_ids_TK), expert_ids_TK == scores_TE.shape[1], rule)
+
+
+def _weigh(chosen_TK: Tensor, empty_TK: Tensor | None, rule: Rule) -> Tensor:
+    """[T, K] combine weights of chosen scores; None if no slot is empty."""
     if rule.softmax_after_topk:
         # A finite floor instead of -inf: a row of empty slots only must not become NaN, nor its gradient.
-        weights_TK = chosen_TK.masked_fill(empty_TK, torch.finfo(chosen_TK.dtype).min).softmax(dim=-1)
-        return weights_TK.masked_fill(empty_TK, 0) * rule.scale
-    weights_TK = chosen_TK.masked_fill(empty_TK, 0)
-    if rule.renormalize:
-        # A row without experts has nothing to share out; with eps = 0 it would be 0 / 0.
-        sums_T1 = weights_TK.sum(dim=-1, keepdim=True) + rule.eps
-        weights_TK = weights_TK / torch.where(empty_TK.all(dim=-1, keepdim=True), 1.0, sums_T1)
-    return weights_TK * rule.scale
+        weights_TK = _blank(_blank(chosen_TK, empty_TK, torch.finfo(chosen_TK.dtype).min).softmax(dim=-1), empty_TK)
+    else:
+        weights_TK = _blank(chosen_TK, empty_TK)
+        if rule.renormalize:
+            weights_TK = weights_TK / _sums(weights_TK, empty_TK, rule.eps)
+    return weights_TK if rule.scale == 1.0 else weights_TK * rule.scale
+
+
+def _sums(weights_TK: Tensor, empty_TK: Tensor | None, eps: float) -> Tensor:
+    """[T, 1], what weights are divided by."""
+    sums_T1 = weights_TK.sum(dim=-1, keepdim=True) + eps
+    if empty_TK is None or eps >= torch.finfo(weights_TK.dtype).tiny:
+        return sums_T1
+    # A row without experts has nothing to share out, and would be 0 / 0.
+    return torch.where(empty_TK.all(dim=-1, keepdim=True), 1.0, sums_T1)
+
+
+def _blank(values_TK: Tensor, empty_TK: Tensor | None, value: float = 0.0) -> Tensor:
+    return values_TK if empty_TK is None else values_TK.masked_fill(empty_TK, value)
 
 
 def finite_rows(values_TE: Tensor) -> Tensor:
@@ -159,10 +173,7 @@ def fused_gating_torch(
         adjusted_TE = scores_TE
         for addend_E in (correction_E, bias_E):
             adjusted_TE = adjusted_TE if addend_E is None else adjusted_TE + addend_E
-        if rule.kept_groups < rule.num_groups:
-            group_scores_TG = score_groups(adjusted_TE, rule.num_groups, rule.group_score)
-            kept_ids = topk_lowest_id(group_scores_TG, rule.kept_groups)
-            adjusted_TE = open_groups(group_scores_TG, kept_ids, adjusted_TE)
+        adjusted_TE = _limit(adjusted_TE, rule)
         ids = topk_lowest_id(adjusted_TE, K + 1 if cutoff and K < E else K)
         top = take_along_experts(adjusted_TE, ids)
         expert_ids_TK = torch.where(top[:, :K] == -float("inf"), E, ids[:, :K])
@@ -176,8 +187,7 @@ def fused_gating_torch(
 def _scores(logits_TE: Tensor, valid_T: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
     if valid_T is not None:
         logits_TE = torch.where(valid_T.unsqueeze(1), logits_TE, 0.0)
-    wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    return score_logits(wide_TE, rule.score), finite_rows(logits_TE.detach())
+    return score_logits(_wide(logits_TE), rule.score), finite_rows(logits_TE.detach())
 
 
 def _weights(scores_TE: Tensor, expert_ids_TK: Tensor, finite_T: Tensor, rule: Rule) -> Tensor:
@@ -185,16 +195,11 @@ def _weights(scores_TE: Tensor, expert_ids_TK: Tensor, finite_T: Tensor, rule: R
     return torch.where(finite_T.unsqueeze(1) | (expert_ids_TK == scores_TE.shape[1]), weights_TK, float("nan"))
 
 
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def kernel_fits(logits_TE: Tensor, rule: Rule) -> bool:
     """Whether the Triton kernel routes such logits; else the reference is what a GPU has."""
     narrow = logits_TE.dtype in (torch.float16, torch.bfloat16, torch.float32)
     small = logits_TE.shape[1] <= MOST_EXPERTS and rule.top_k <= MOST_CHOSEN
-    return logits_TE.device.type == "cuda" and narrow and small and has_triton()
+    return logits_TE.device.type == "cuda" and narrow and small and HAS_TRITON
 
 
 @torch.library.custom_op("moerouters::fused_gating", mutates_args=())
@@ -211,16 +216,45 @@ def _fused(
     outputs = _empty_outputs(logits_TE, top_k, cutoff)
     weights_TK, expert_ids_TK, cutoff_T, load_E, finite_T = outputs
     load_E.zero_()
+    plain = correction_E is None and bias_E is None and valid_T is None and not cutoff
     for rows in _chunks(logits_TE):
-        part = fused_gating_torch(
-            logits_TE[rows], rule, correction_E=correction_E, bias_E=bias_E,
-            valid_T=None if valid_T is None else valid_T[rows], cutoff=cutoff,
-        )  # fmt: skip
+        part = _gate_whole(logits_TE[rows], rule) if plain and logits_TE.device.type == "cpu" else None
+        if part is None:
+            part = fused_gating_torch(
+                logits_TE[rows], rule, correction_E=correction_E, bias_E=bias_E,
+                valid_T=None if valid_T is None else valid_T[rows], cutoff=cutoff,
+            )  # fmt: skip
         weights_TK[rows], expert_ids_TK[rows], finite_T[rows] = part.weights_TK, part.expert_ids_TK, part.finite_T
         if cutoff:
             cutoff_T[rows] = part.cutoff_T
         load_E += part.load_E
     return outputs
+
+
+def _gate_whole(logits_TE: Tensor, rule: Rule) -> Gated | None:
+    """`fused_gating_torch` where all logits are finite: then no slot is empty. None where one is not.
+
+    Half of what the reference does once it has ids is about empty slots, and changes no bit where there are none.
+    """
+    if not bool(torch.isfinite(logits_TE.sum())):  # infinity and NaN never leave a sum; where it overflows, no harm
+        return None
+    scores_TE = score_logits(_wide(logits_TE), rule.score)
+    expert_ids_TK = topk_lowest_id(_limit(scores_TE, rule), rule.top_k)
+    weights_TK = _weigh(scores_TE.gather(1, expert_ids_TK), None, rule)
+    load_E = torch.bincount(expert_ids_TK.reshape(-1), minlength=logits_TE.shape[1])
+    T = logits_TE.shape[0]
+    return Gated(weights_TK, expert_ids_TK, scores_TE.new_empty(0), load_E, load_E.new_ones(T, dtype=torch.bool))
+
+
+def _limit(adjusted_TE: Tensor, rule: Rule) -> Tensor:
+    if rule.kept_groups == rule.num_groups:
+        return adjusted_TE
+    group_scores_TG = score_groups(adjusted_TE, rule.num_groups, rule.group_score)
+    return open_groups(group_scores_TG, topk_lowest_id(group_scores_TG, rule.kept_groups), adjusted_TE)
+
+
+def _wide(logits_TE: Tensor) -> Tensor:
+    return logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
 
 
 def _empty_outputs(logits_TE: Tensor, top_k: int, cutoff: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -250,30 +284,37 @@ def fused_gating_backward_torch(
     expert_ids_TK: Tensor,
     finite_T: Tensor,
     valid_T: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
-    """[T, E] gradient of `fused_gating_torch` in the bits that autograd gives it; differentiable in turn."""
+    """[T, E] gradient of `fused_gating_torch` in the bits that autograd gives it; differentiable in turn.
+
+    whole: no slot is empty and no row broken.
+    """
     T, E = logits_TE.shape
-    empty_TK = expert_ids_TK == E
     scores_TE, _ = _scores(logits_TE, valid_T, rule)
     chosen_TK = take_along_experts(scores_TE, expert_ids_TK)
-    grad_TK = grad_weights_TK.masked_fill(~(finite_T.unsqueeze(1) | empty_TK), 0) * rule.scale
-    if rule.softmax_after_topk:
-        weights_TK = chosen_TK.masked_fill(empty_TK, torch.finfo(chosen_TK.dtype).min).softmax(dim=-1)
-        grad_TK = torch.ops.aten._softmax_backward_data(
-            grad_TK.masked_fill(empty_TK, 0), weights_TK, -1, weights_TK.dtype
-        )
-    elif rule.renormalize:
-        chosen_TK = chosen_TK.masked_fill(empty_TK, 0)
-        sums_T1 = chosen_TK.sum(dim=-1, keepdim=True) + rule.eps
-        sums_T1 = torch.where(empty_TK.all(dim=-1, keepdim=True), 1.0, sums_T1)
-        grad_sums_T1 = (-grad_TK * ((chosen_TK / sums_T1) / sums_T1)).sum(dim=-1, keepdim=True)
-        grad_TK = grad_TK / sums_T1 + grad_sums_T1
-    grad_TK = grad_TK.masked_fill(empty_TK, 0)
+    empty_TK = None if whole else expert_ids_TK == E
+    if empty_TK is not None:
+        grad_weights_TK = grad_weights_TK.masked_fill(~(finite_T.unsqueeze(1) | empty_TK), 0)
+    grad_TK = _weigh_backward(grad_weights_TK, chosen_TK, empty_TK, rule)
     rows_T1 = torch.arange(T, device=logits_TE.device).unsqueeze(1) * E
     flat_N = (rows_T1 + expert_ids_TK.clamp(max=E - 1)).reshape(-1)
     grad_TE = torch.zeros_like(scores_TE).reshape(-1).index_add(0, flat_N, grad_TK.reshape(-1)).reshape(T, E)
     grad_TE = _score_backward(grad_TE, logits_TE.to(scores_TE.dtype), scores_TE, rule.score).to(logits_TE.dtype)
     return grad_TE if valid_T is None else torch.where(valid_T.unsqueeze(1), grad_TE, 0.0)
+
+
+def _weigh_backward(grad_TK: Tensor, chosen_TK: Tensor, empty_TK: Tensor | None, rule: Rule) -> Tensor:
+    grad_TK = grad_TK if rule.scale == 1.0 else grad_TK * rule.scale
+    if rule.softmax_after_topk:
+        weights_TK = _blank(chosen_TK, empty_TK, torch.finfo(chosen_TK.dtype).min).softmax(dim=-1)
+        grad_TK = torch.ops.aten._softmax_backward_data(_blank(grad_TK, empty_TK), weights_TK, -1, weights_TK.dtype)
+    elif rule.renormalize:
+        chosen_TK = _blank(chosen_TK, empty_TK)
+        sums_T1 = _sums(chosen_TK, empty_TK, rule.eps)
+        grad_sums_T1 = (-grad_TK * ((chosen_TK / sums_T1) / sums_T1)).sum(dim=-1, keepdim=True)
+        grad_TK = grad_TK / sums_T1 + grad_sums_T1
+    return _blank(grad_TK, empty_TK)
 
 
 def _score_backward(grad_TE: Tensor, logits_TE: Tensor, scores_TE: Tensor, score: str) -> Tensor:
@@ -307,10 +348,14 @@ def _fused_backward(
             grad_weights_TK, logits_TE, rule, expert_ids_TK=expert_ids_TK, finite_T=finite_T, valid_T=valid_T
         )
     grad_logits_TE = torch.empty_like(logits_TE)
+    on_cpu = logits_TE.device.type == "cpu"  # elsewhere a look at values would be waited for
+    whole = (
+        on_cpu and valid_T is None and bool(finite_T.all()) and not bool((expert_ids_TK == logits_TE.shape[1]).any())
+    )
     for rows in _chunks(logits_TE):
         grad_logits_TE[rows] = fused_gating_backward_torch(
             grad_weights_TK[rows], logits_TE[rows], rule, expert_ids_TK=expert_ids_TK[rows], finite_T=finite_T[rows],
-            valid_T=None if valid_T is None else valid_T[rows],
+            valid_T=None if valid_T is None else valid_T[rows], whole=whole,
         )  # fmt: skip
     return grad_logits_TE
 

@@ -21,11 +21,12 @@ def topk_lowest_id(values_TE: Tensor, k: int) -> Tensor:
     torch.topk leaves the order of ties open, and it differs between devices; ties are common in routing (equal logits
     of a fresh gate, saturated sigmoids, bf16). NaN ranks below every number except -inf; -0.0 equals 0.0.
     """
-    # The size is not looked at while compiling: it would become a guard on the number of tokens.
-    if values_TE.device.type == "cpu" and (torch.compiler.is_compiling() or values_TE.numel() > SMALL):
-        ids_Tk: Tensor = _topk_cpu(values_TE.detach(), k)
+    if values_TE.device.type != "cpu":
+        return topk_lowest_id_torch(values_TE, k)
+    if torch.compiler.is_compiling() or type(values_TE) not in (Tensor, torch.nn.Parameter):
+        ids_Tk: Tensor = _topk_op(values_TE.detach(), k)  # for tracers numpy is out of sight
         return ids_Tk
-    return topk_lowest_id_torch(values_TE, k)
+    return _topk_cpu(values_TE.detach(), k)
 
 
 def topk_lowest_id_torch(values_TE: Tensor, k: int) -> Tensor:
@@ -36,9 +37,18 @@ def topk_lowest_id_torch(values_TE: Tensor, k: int) -> Tensor:
 
 
 @torch.library.custom_op("moerouters::topk_lowest_id_cpu", mutates_args=(), device_types="cpu")
+def _topk_op(values_TE: Tensor, k: int) -> Tensor:
+    return _topk_cpu(values_TE, k).contiguous()
+
+
+@_topk_op.register_fake
+def _(values_TE: Tensor, k: int) -> Tensor:
+    return values_TE.new_empty((*values_TE.shape[:-1], k), dtype=torch.int64)
+
+
 def _topk_cpu(values_TE: Tensor, k: int) -> Tensor:
     if values_TE.numel() <= SMALL or values_TE.dim() != 2 or values_TE.dtype == torch.float64 or k == 0:
-        return topk_lowest_id_torch(values_TE, k).contiguous()
+        return topk_lowest_id_torch(values_TE, k)
     T, E = values_TE.shape
     wide_TE = values_TE.float().numpy()
     ids_Tk = torch.empty(T, k, dtype=torch.int64)
@@ -58,11 +68,6 @@ def _topk_cpu(values_TE: Tensor, k: int) -> Tensor:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, parts))
     return ids_Tk
-
-
-@_topk_cpu.register_fake
-def _(values_TE: Tensor, k: int) -> Tensor:
-    return values_TE.new_empty((*values_TE.shape[:-1], k), dtype=torch.int64)
 
 
 def _topk_rows(values_TE: NDArray[np.float32], k: int, lowest: float) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ RULES = {
     "sigmoid, best of groups": Rule("sigmoid", 3, 2, 1, scale=1.5),
     "sqrtsoftplus": Rule("sqrtsoftplus", 4),
     "relu": Rule("relu", 2, renormalize=False),
-    "relu over its sum": Rule("relu", 2),
+    "relu over its sum": Rule("relu", 2, eps=0.0),
     "on logits": Rule("identity", 3, softmax_after_topk=True, scale=0.5),
 }
 E = 12
