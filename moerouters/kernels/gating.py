@@ -75,7 +75,7 @@ def open_groups(group_scores_TG: Tensor, kept_ids: Tensor, values_TE: Tensor) ->
     """[T, E] values, -inf for experts outside the kept groups."""
     T, G = group_scores_TG.shape
     kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(1, kept_ids, True)
-    limited_TGe = values_TE.reshape(T, G, -1).masked_fill(~kept_TG.unsqueeze(-1), -float("inf"))
+    limited_TGe = values_TE.reshape(T, G, values_TE.shape[1] // G).masked_fill(~kept_TG.unsqueeze(-1), -float("inf"))
     return limited_TGe.reshape(values_TE.shape)
 
 

@@ -21,7 +21,7 @@ def _sort_keys(values, columns, WIDTH: tl.constexpr):
     values = tl.where(values != values, -3.4028234663852886e38, values) + 0.0  # 0.0 of -0.0
     bits = values.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # below zero, floats fall as their bits rise
-    return (bits.to(tl.int64) << 32) | (WIDTH - 1 - columns).to(tl.int64)
+    return (bits.to(tl.int64) << 32) | (WIDTH - 1 - columns)
 
 
 @triton.jit
@@ -97,28 +97,29 @@ def _gating_forward(
             a_TE += tl.load(correction_ptr + e_1E, mask=real_1E, other=0.0)
         if BIASED:
             a_TE += tl.load(bias_ptr + e_1E, mask=real_1E, other=0.0)
+        keys_TE = tl.where(real_1E, _sort_keys(a_TE, e_1E, EP), LOWEST)
         if KEPT < G:
             g_1G = tl.arange(0, GP)[None, :]
             group_keys_TG = tl.full([ROWS, GP], LOWEST, tl.int64)
+            nan_TE = (a_TE != a_TE).to(tl.int32)
             for g in tl.static_range(G):
-                mine_1E = (e_1E // (E // G) == g) & real_1E
-                keys_TE = tl.where(mine_1E, _sort_keys(a_TE, e_1E, EP), LOWEST)
-                best_T = tl.max(keys_TE, axis=1)
+                mine_1E = e_1E // (E // G) == g
+                best_T = tl.max(tl.where(mine_1E, keys_TE, LOWEST), axis=1)
                 score_T = _key_value(best_T)
                 if TOP2:
-                    score_T += _key_value(tl.max(tl.where(keys_TE == best_T[:, None], LOWEST, keys_TE), axis=1))
-                broken_T = tl.max(tl.where(mine_1E & (a_TE != a_TE), 1, 0), axis=1)
-                score_T = tl.where(broken_T > 0, float("nan"), score_T)
-                keys_TG = _sort_keys(score_T[:, None] + tl.zeros([ROWS, GP], tl.float32), g_1G, GP)
-                group_keys_TG = tl.where(g_1G == g, keys_TG, group_keys_TG)
+                    next_TE = tl.where(mine_1E & (keys_TE != best_T[:, None]), keys_TE, LOWEST)
+                    score_T += _key_value(tl.max(next_TE, axis=1))
+                score_T = tl.where(tl.max(tl.where(mine_1E, nan_TE, 0), axis=1) > 0, float("nan"), score_T)
+                group_keys_TG = tl.where(g_1G == g, _sort_keys(score_T, g, GP)[:, None], group_keys_TG)
             kept_TE = tl.zeros([ROWS, EP], tl.int32)
             for _ in tl.static_range(KEPT):
                 best_T = tl.max(group_keys_TG, axis=1)
                 group_keys_TG = tl.where(group_keys_TG == best_T[:, None], LOWEST, group_keys_TG)
                 kept_TE += (e_1E // (E // G) == _key_column(best_T, GP)[:, None]).to(tl.int32)
-            a_TE = tl.where(kept_TE > 0, a_TE, float("-inf"))
+            closed_TE = tl.full([ROWS, EP], float("-inf"), tl.float32)
+            closed_TE = tl.where(real_1E, _sort_keys(closed_TE, e_1E, EP), LOWEST)
+            keys_TE = tl.where(kept_TE > 0, keys_TE, closed_TE)
 
-        keys_TE = tl.where(real_1E, _sort_keys(a_TE, e_1E, EP), LOWEST)
         ids_TK = tl.full([ROWS, KP], E, tl.int32)
         c_TK = tl.zeros([ROWS, KP], tl.float32)
         taken_TE = tl.zeros([ROWS, EP], tl.int32)
@@ -136,8 +137,7 @@ def _gating_forward(
         if CUTOFF:
             cutoff_T = tl.full([ROWS], float("-inf"), tl.float32)
             if K < E:
-                column_T = _key_column(tl.max(keys_TE, axis=1), EP)
-                cutoff_T = tl.sum(tl.where(e_1E == column_T[:, None], a_TE, 0.0), axis=1)  # NaN where it is NaN
+                cutoff_T = _key_value(tl.max(keys_TE, axis=1))
             tl.store(cutoff_ptr + t_T, cutoff_T, mask=here_T)
 
         empty_TK = ids_TK == E
@@ -228,11 +228,15 @@ def gating_forward(
     valid_T: Tensor | None,
     cutoff: bool,
     rows: int | None = None,
+    tiles: int = TILES,
 ) -> Gated:
-    """As `fused_gating_torch`, for contiguous float16, bfloat16 or float32 logits. rows: of a tile."""
+    """As `fused_gating_torch`, for contiguous float16, bfloat16 or float32 logits; a cutoff is never NaN.
+
+    rows, tiles: of a tile, and of a program.
+    """
     T, E = logits_TE.shape
     K, G = rule.top_k, rule.num_groups
-    sizes = _sizes(E, K, rows)
+    sizes = _sizes(E, K, rows, grouped=rule.kept_groups < G)
     gated = Gated(
         logits_TE.new_empty((T, K), dtype=torch.float32),
         logits_TE.new_empty((T, K), dtype=torch.int64),
@@ -241,14 +245,14 @@ def gating_forward(
         logits_TE.new_empty((T,), dtype=torch.bool),
     )
     if T:
-        _gating_forward[(triton.cdiv(T, sizes["ROWS"] * TILES),)](
+        _gating_forward[(triton.cdiv(T, sizes["ROWS"] * tiles),)](
             logits_TE, _vector(correction_E, logits_TE), _vector(bias_E, logits_TE), _bytes(valid_T, logits_TE),
             gated.weights_TK, gated.expert_ids_TK, gated.cutoff_T, gated.load_E, gated.finite_T.view(torch.int8),
             T, rule.eps, rule.scale,
             E=E, K=K, G=G, KEPT=rule.kept_groups, SCORE=rule.score, TOP2=rule.group_score == "top2_sum",
             AFTER=rule.softmax_after_topk, RENORMALIZE=rule.renormalize, CUTOFF=cutoff,
             CORRECTED=correction_E is not None, BIASED=bias_E is not None, PADDED=valid_T is not None,
-            GP=triton.next_power_of_2(G), TILES=TILES, **sizes,
+            GP=triton.next_power_of_2(G), TILES=tiles, **sizes,
         )  # fmt: skip
     return gated
 
@@ -277,9 +281,10 @@ def gating_backward(
     return grad_logits_TE
 
 
-def _sizes(E: int, K: int, rows: int | None) -> dict[str, int]:
+def _sizes(E: int, K: int, rows: int | None, *, grouped: bool = False) -> dict[str, int]:
+    """Groups take registers: a quarter of a tile then, or they spill."""
     wide = triton.next_power_of_2(E)
-    return {"EP": wide, "KP": triton.next_power_of_2(K), "ROWS": rows or max(TILE // wide, 1)}
+    return {"EP": wide, "KP": triton.next_power_of_2(K), "ROWS": rows or max(TILE // (4 if grouped else 1) // wide, 1)}
 
 
 def _vector(values_E: Tensor | None, logits_TE: Tensor) -> Tensor:

@@ -92,6 +92,17 @@ def test_gradients_of_first_and_second_order(rule: Rule) -> None:
     assert torch.autograd.gradgradcheck(weights_of, logits_TE)
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens(rule: Rule, dtype: torch.dtype) -> None:
+    logits_TE = torch.zeros(0, E, dtype=dtype, requires_grad=True)
+    for gate in (fused_gating, fused_gating_torch):
+        gated = gate(logits_TE, rule, cutoff=True)
+        assert gated.weights_TK.shape == gated.expert_ids_TK.shape == (0, rule.top_k)
+        assert gated.load_E.tolist() == [0] * E
+        assert torch.autograd.grad(gated.weights_TK.sum(), logits_TE)[0].shape == (0, E)
+
+
 def test_is_a_well_formed_operator() -> None:
     values = inputs(9)
     rule = RULES["sigmoid in groups"]
