@@ -90,18 +90,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(tokens: int, *, seed: int, experts: int = 12, levels: int = 4, odd: float = 0.0) -> dict[str, Tensor]:
-    """Logits that are whole numbers over `levels`, so that scores which differ at all differ by more than rounding."""
+    """Logits that are whole numbers over `levels` and biases that are not: adjusted scores are then the same, or differ by
+    more than the kernel and torch do in rounding."""
     random = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, experts, generator=random).mul(levels).round().div(levels)
     edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 20.0, 21.0, -120.0])
     edges = edges[torch.randint(len(edges), logits_TE.shape, generator=random)]
     rows_T1 = torch.rand(tokens, 1, generator=random) < odd
-    bias_E = torch.randint(-3, 4, (experts,), generator=random) / 8
+    bias_E = torch.randn(experts, generator=random).mul(0.1)
     bias_E[torch.rand(experts, generator=random) < 0.2] = -torch.inf
     return {
         "logits_TE": torch.where(rows_T1 & (torch.rand(logits_TE.shape, generator=random) < 0.3), edges, logits_TE),
         "bias_E": bias_E,
-        "correction_E": torch.randint(-3, 4, (experts,), generator=random) / 16,
+        "correction_E": torch.randn(experts, generator=random).mul(0.1),
         "valid_T": torch.rand(tokens, generator=random) < 0.8,
         "slopes_TE": torch.randn(tokens, experts, generator=random),
     }
@@ -128,7 +129,7 @@ def check(logits_TE: Tensor, rule: Rule, slopes_TK: Tensor, *, cutoff: bool, **c
     torch.testing.assert_close(mine_TE[whole_T], right_TE[whole_T], **rounding or {"rtol": 2e-5, "atol": 2e-6})
 
 
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(
     tokens=st.integers(0, 70),
     seed=st.integers(0, 2**31),
@@ -144,6 +145,8 @@ def test_equals_the_reference(
 ) -> None:
     values, rule = inputs(tokens, seed=seed, levels=levels, odd=odd), RULES[name]
     logits_TE = values["logits_TE"].to(dtype)
+    if rule.group_score == "top2_sum":
+        logits_TE = logits_TE.abs()  # sigmoid(1) + sigmoid(-1) and sigmoid(2) + sigmoid(-2) are 1, but for rounding
     slopes_TK = values["slopes_TE"][:, : rule.top_k].contiguous()
     check(logits_TE, rule, slopes_TK, cutoff=cutoff, **{name: values[name] for name in given_})
 
