@@ -90,7 +90,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(tokens: int, *, seed: int, experts: int = 12, levels: int = 4, odd: float = 0.0) -> dict[str, Tensor]:
-    """Logits that are whole numbers over `levels` and biases that are not: adjusted scores are then the same, or differ by
+    """Logits that are whole numbers over `levels` and biases that are not: adjusted scores are the same, or differ by
     more than the kernel and torch do in rounding."""
     random = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, experts, generator=random).mul(levels).round().div(levels)
