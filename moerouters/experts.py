@@ -6,10 +6,10 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moerouters.kernels.grouped_linear import grouped_linear
+from moerouters.kernels.expert_mlp import expert_mlp, routed_mlp
+from moerouters.kernels.routes import Routes
 
 Activation = Literal["swiglu", "gelu"]
 
@@ -37,15 +37,16 @@ class GroupedExperts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x_RD: Tensor, load_e: Tensor) -> Tensor:
-        """[R, D] rows through their experts; load_e int64 [e] says how many rows each has. Other rows give zeros."""
-        dtype = x_RD.dtype
-        if torch.is_autocast_enabled(x_RD.device.type):
-            dtype = torch.get_autocast_dtype(x_RD.device.type)
-        up_RF = grouped_linear(x_RD.to(dtype), self.up_eFD.to(dtype), load_e)
-        if self.activation == "swiglu":
-            gate_RF, up_RF = up_RF.chunk(2, dim=-1)
-            hidden_RF = F.silu(gate_RF) * up_RF
-        else:
-            hidden_RF = F.gelu(up_RF)
-        return grouped_linear(hidden_RF, self.down_eDF.to(dtype), load_e)
+    def forward(self, x_MD: Tensor, load_e: Tensor, routes: Routes | None = None) -> Tensor:
+        """[R, D] rows through their experts; load_e int64 [e] says how many rows each has. Other rows give zeros.
+
+        With routes, x_MD are tokens [T, D], and the result is for every token the weighted sum over its slots, in the
+        dtype of the weights; only where `is_fused` says so of the device.
+        """
+        dtype = x_MD.dtype
+        if torch.is_autocast_enabled(x_MD.device.type):
+            dtype = torch.get_autocast_dtype(x_MD.device.type)
+        weights = (self.up_eFD.to(dtype), self.down_eDF.to(dtype))
+        if routes is None:
+            return expert_mlp(x_MD.to(dtype), *weights, load_e, self.activation)
+        return routed_mlp(x_MD.to(dtype), routes, *weights, load_e, self.activation)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor
 
+from moerouters.capabilities import AssignmentKind
 from moerouters.dispatch.base import Arrival, Ready
 from moerouters.dispatch.plan import DispatchPlan
 from moerouters.dispatch.weighted_sum import weighted_sum
+from moerouters.experts import GroupedExperts
+from moerouters.kernels.expert_mlp import is_fused
+from moerouters.kernels.routes import Routes
+from moerouters.types import Assignment
 
 
 class LocalDispatcher:
@@ -20,3 +27,14 @@ class LocalDispatcher:
 
     def combine(self, y_RD: Tensor, arrival: Arrival, weights: Tensor) -> Ready[Tensor]:
         return Ready(weighted_sum(y_RD, arrival.plan, weights))
+
+    def fuses(self, experts: object, assignment: Assignment) -> TypeGuard[GroupedExperts]:
+        """Whether `through` can take the place of dispatch, experts and combine."""
+        known = isinstance(experts, GroupedExperts) and type(experts).forward is GroupedExperts.forward
+        return known and assignment.kind is not AssignmentKind.PAIRS and is_fused(assignment.expert_ids.device)
+
+    def through(self, experts: GroupedExperts, x_TD: Tensor, plan: DispatchPlan, weights_TK: Tensor) -> Tensor:
+        """y_TD by one operator, which writes neither gathered rows nor, for backward, results of experts."""
+        # A call of the module, so that its hooks run: FSDP2 brings the weights in one.
+        y_TD: Tensor = experts(x_TD, plan.kept_load_E, Routes(weights_TK, plan.order_N, plan.inverse_N))
+        return y_TD

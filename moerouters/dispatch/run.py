@@ -11,6 +11,7 @@ from torch import Tensor
 from moerouters.capabilities import AssignmentKind
 from moerouters.dispatch.agreement import expect_results
 from moerouters.dispatch.base import Arrival, Dispatcher, Pending
+from moerouters.dispatch.local import LocalDispatcher
 from moerouters.dispatch.plan import make_plan
 from moerouters.types import Assignment
 
@@ -34,6 +35,10 @@ def through_experts(
     part's experts work while another travels; results are the same but for the order of sums in weight gradients. Every
     rank makes the same number of exchanges, whatever tokens it has. capacity: see DispatchPlan.
     """
+    if isinstance(dispatcher, LocalDispatcher) and dispatcher.fuses(experts, assignment):
+        y_TD = dispatcher.through(experts, x_TD, make_plan(assignment, capacity=capacity), assignment.weights)
+        return y_TD if beside is None else y_TD + beside(x_TD)
+
     parts = [(x_TD, assignment)] if chunks == 1 else list(_split(x_TD, assignment, chunks))
 
     def dispatched(index: int) -> Pending[Arrival]:

@@ -1,0 +1,210 @@
+"""The experts' feed-forward networks as one operator with a hand-written backward, of given rows or of tokens.
+
+With tokens, gathering them by expert and the weighted sum over a token's experts are part of it. Kept for backward: the
+input, the product with `up_eFD`, the weights and indices. Gradients nobody asks for are not computed: neither those of
+inputs without requires_grad, nor, where a pass takes the gradients of some tensors only (torch.autograd.grad, a
+pipeline that runs input and weight gradients apart), those of the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moerouters.kernels import expert_mlp_cpu
+from moerouters.kernels.expert_mlp_cpu import Experts
+from moerouters.kernels.grouped_linear import grouped_linear
+from moerouters.kernels.routes import Routes
+
+
+def expert_mlp(x_RD: Tensor, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: str) -> Tensor:
+    """[R, D] rows, grouped by expert, through their experts, in the dtype of x; rows past load_e.sum() give zeros.
+
+    swiglu: down @ (silu(gate @ x) * (up @ x)), gate in the first half of up_eFD [e, 2F, D]; gelu: down @ gelu(up @ x).
+    down_eDF is [e, D, F]; x and weights are of one float dtype. load_e: int64 [e]; read on the host.
+    """
+    if not is_fused(x_RD.device):
+        hidden_RF = grouped_linear(x_RD, up_eFD, load_e)
+        return grouped_linear(_activated(hidden_RF, activation), down_eDF, load_e)
+    keep = _in_a_graph(x_RD, up_eFD, down_eDF)
+    y_RD: Tensor = _expert_mlp(x_RD, up_eFD, down_eDF, None, None, None, load_e, activation, keep)[0]
+    return y_RD
+
+
+def routed_mlp(
+    x_TD: Tensor, routes: Routes, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: str
+) -> Tensor:
+    """y_TD = for every token the sum of weight * expert(x) over its slots, in the dtype of the weights, summed in it.
+
+    Else as `expert_mlp`. Only where `is_fused` says so of the device.
+    """
+    keep = _in_a_graph(x_TD, up_eFD, down_eDF, routes.weights_TK)
+    arguments = (x_TD, up_eFD, down_eDF, routes.weights_TK, routes.order_N, routes.inverse_N, load_e, activation, keep)
+    y_TD: Tensor = _expert_mlp(*arguments)[0]
+    return y_TD
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether the operator has an engine there: on the CPU. Elsewhere rows take `grouped_linear`."""
+    return device.type in ("cpu", "meta")
+
+
+@torch.library.custom_op("moerouters::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x_MD: Tensor,
+    up_eFD: Tensor,
+    down_eDF: Tensor,
+    weights_TK: Tensor | None,
+    order_N: Tensor | None,
+    inverse_N: Tensor | None,
+    load_e: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    experts = _experts(up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, activation)
+    return expert_mlp_cpu.forward(x_MD, experts, keep)
+
+
+@_expert_mlp.register_fake
+def _(
+    x_MD: Tensor,
+    up_eFD: Tensor,
+    down_eDF: Tensor,
+    weights_TK: Tensor | None,
+    order_N: Tensor | None,
+    inverse_N: Tensor | None,
+    load_e: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    y_MD = x_MD.new_empty(x_MD.shape, dtype=x_MD.dtype if weights_TK is None else weights_TK.dtype)
+    rows = x_MD.shape[0] if order_N is None else order_N.shape[0]
+    return y_MD, x_MD.new_empty(rows if keep else 0, up_eFD.shape[1])
+
+
+@torch.library.custom_op("moerouters::expert_mlp_gradients", mutates_args=())
+def _gradients(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    up_eFD: Tensor,
+    down_eDF: Tensor,
+    weights_TK: Tensor | None,
+    order_N: Tensor | None,
+    inverse_N: Tensor | None,
+    load_e: Tensor,
+    hidden_RF: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    experts = _experts(up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, activation)
+    return expert_mlp_cpu.backward(grad_y_MD, x_MD, hidden_RF, experts, wanted)
+
+
+@_gradients.register_fake
+def _(
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    up_eFD: Tensor,
+    down_eDF: Tensor,
+    weights_TK: Tensor | None,
+    order_N: Tensor | None,
+    inverse_N: Tensor | None,
+    load_e: Tensor,
+    hidden_RF: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    inputs = (x_MD, up_eFD, down_eDF, weights_TK)
+    return [x.new_empty(x.shape) for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # else backward would fill a gradient for hidden_RF with zeros
+
+
+def _backward(ctx: Any, grad_y_MD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x_MD, up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, hidden_RF = ctx.saved_tensors
+    wanted = [grad_y_MD is not None and _is_wanted(ctx, index) for index in range(4)]
+    found: list[Tensor] = []
+    if grad_y_MD is not None and any(wanted):
+        tensors = (grad_y_MD, x_MD, up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, hidden_RF)
+        found = _gradients(*tensors, ctx.activation, wanted)
+    left = iter(found)
+    return (*(next(left) if is_wanted else None for is_wanted in wanted), *[None] * 5)
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_save)
+
+
+def _experts(
+    up_eFD: Tensor,
+    down_eDF: Tensor,
+    weights_TK: Tensor | None,
+    order_N: Tensor | None,
+    inverse_N: Tensor | None,
+    load_e: Tensor,
+    activation: str,
+) -> Experts:
+    routes = None
+    if weights_TK is not None and order_N is not None and inverse_N is not None:
+        routes = Routes(weights_TK, order_N, inverse_N)
+    return Experts(up_eFD, down_eDF, load_e, activation, routes)
+
+
+def _is_wanted(ctx: Any, index: int) -> bool:
+    """Whether this pass of the engine will use the gradient of a tensor input; `needs_input_grad` tells only whether
+    some pass may.
+
+    The function is private to torch; torch.autograd.graph.register_multi_grad_hook uses it. It refuses leaves whose
+    gradient torch.autograd.grad returns, which are wanted, and it is not there for who traces.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    node = ctx.next_functions[index][0]
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return True
+
+
+def _in_a_graph(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _activated(hidden_RF: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(hidden_RF)
+    gate_RF, up_RF = hidden_RF.chunk(2, dim=-1)
+    return F.silu(gate_RF) * up_RF
+
+
+def routed_mlp_torch(
+    x_TD: Tensor, routes: Routes, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: str
+) -> Tensor:
+    """Reference of `routed_mlp`: one pair at a time, plain autograd."""
+    weights_TK = routes.weights_TK
+    y_TD = list(x_TD.new_zeros(x_TD.shape, dtype=weights_TK.dtype).unbind(0))
+    experts_R = torch.repeat_interleave(torch.arange(load_e.shape[0]), load_e)
+    for pair, expert in zip(routes.order_N.tolist(), experts_R.tolist(), strict=False):
+        token, slot = divmod(pair, weights_TK.shape[1])
+        y_TD[token] = y_TD[token] + weights_TK[token, slot] * _one(x_TD[token], up_eFD, down_eDF, expert, activation)
+    return torch.stack(y_TD) if y_TD else x_TD.to(weights_TK.dtype)
+
+
+def expert_mlp_torch(x_RD: Tensor, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: str) -> Tensor:
+    """Reference of `expert_mlp`: one row at a time, plain autograd."""
+    experts_R = torch.repeat_interleave(torch.arange(load_e.shape[0]), load_e).tolist()
+    rows = [_one(x_RD[row], up_eFD, down_eDF, expert, activation) for row, expert in enumerate(experts_R)]
+    padding = [x_RD.new_zeros(x_RD.shape[1])] * (x_RD.shape[0] - len(rows))
+    return torch.stack(rows + padding) if rows or padding else x_RD
+
+
+def _one(x_D: Tensor, up_eFD: Tensor, down_eDF: Tensor, expert: int, activation: str) -> Tensor:
+    return down_eDF[expert] @ _activated(up_eFD[expert] @ x_D, activation)

@@ -1,0 +1,225 @@
+"""Experts on a CPU: tile by tile, so that what lies between two matrix products stays in the cache.
+
+A tile is some rows of one expert. Its rows are gathered into a buffer, multiplied, activated and multiplied. For
+backward only the first product `hidden_RF` is kept; it gathers again, computes the activation again, and has the
+gradient of a combine weight from <dA, A> over the expert's width, not from <dY, Y> (SonicMoE, arXiv:2512.14080,
+Sec. 4). Weight gradients are written in place, one expert after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moerouters.autocast import no_autocast
+from moerouters.kernels.routes import Routes
+from moerouters.kernels.workspace import borrowed, fresh
+
+_TILE_ROWS = 1024
+_TILE_BYTES = 20 * 2**20
+"""Of all buffers of a tile; wide experts get fewer rows, but no fewer than 64."""
+
+
+@cache
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a CPU multiplies this dtype in: float32 for halves without units for them (bfloat16 in AVX2 runs at 0.02 to
+    0.4 of the speed of float32, by layout), else the dtype itself."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    has_units = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    return dtype if has_units() else torch.float32
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights, rows per expert, and the routes by which rows come from tokens; None where rows are given."""
+
+    up_eFD: Tensor
+    down_eDF: Tensor
+    load_e: Tensor
+    activation: str
+    routes: Routes | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.up_eFD.dtype)
+
+    def tiles(self, row_width: int) -> list[tuple[int, list[slice]]]:
+        """(expert, its tiles) of each expert that has rows. row_width: elements that buffers hold for each row."""
+        most = max(64, min(_TILE_ROWS, _TILE_BYTES // (row_width * self.dtype.itemsize)))
+        found, start = [], 0
+        for expert, rows in enumerate(self.load_e.tolist()):
+            if rows:
+                parts = -(-rows // most)
+                bounds = [start + part * rows // parts for part in range(parts + 1)]
+                found.append((expert, [slice(a, b) for a, b in pairwise(bounds)]))
+            start += rows
+        return found
+
+
+class WeightGradient:
+    """Of a stack of weights; zeros for experts without rows."""
+
+    def __init__(self, weight_eOI: Tensor, experts: Experts) -> None:
+        self.grad_eOI = fresh(*weight_eOI.shape, dtype=weight_eOI.dtype)
+        for expert in (experts.load_e == 0).nonzero().flatten().tolist():
+            self.grad_eOI[expert] = 0
+        same = weight_eOI.dtype == experts.dtype
+        self._sum_OI = None if same else torch.empty(weight_eOI.shape[1:], dtype=experts.dtype)
+
+    def add(self, expert: int, grad_RO: Tensor, input_RI: Tensor, *, first: bool) -> None:
+        """One tile's part of an expert's gradient."""
+        sum_OI = self.grad_eOI[expert] if self._sum_OI is None else self._sum_OI
+        multiply(grad_RO.t(), input_RI, sum_OI, add=not first)
+
+    def finish(self, expert: int) -> None:
+        if self._sum_OI is not None:
+            self.grad_eOI[expert].copy_(self._sum_OI)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b. Every matrix product of this file."""
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]:
+    """y_MD, in the dtype of the combine weights or of x; and hidden_RF = up @ x for each row, empty unless `keep`."""
+    routes, dtype = experts.routes, experts.dtype
+    W, D = experts.up_eFD.shape[1:]
+    A, R = experts.down_eDF.shape[2], x_MD.shape[0] if routes is None else routes.order_N.shape[0]
+    kept_RF = fresh(R if keep else 0, W, dtype=x_MD.dtype)
+    tiles = experts.tiles(2 * D + W + A)
+    n = longest(tiles)
+    shapes = [((n, width), dtype) for width in (D, W, A, D)]
+    if routes is not None:  # weighted sums are made in the weights' dtype: in bfloat16, K of them lose two bits
+        shapes.append(((R, D), routes.weights_TK.dtype))
+    with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, h_rF, a_rF, y_rD, *y_rows):
+        y_RD = y_rows[0] if y_rows else fresh(R, D, dtype=x_MD.dtype)
+        token_ids_R = None if routes is None else routes.token_ids_R()
+        end = 0
+        for expert, its_rows in tiles:
+            up_FD, down_DF = experts.up_eFD[expert].to(dtype), experts.down_eDF[expert].to(dtype)
+            for rows in its_rows:
+                r = slice(0, rows.stop - rows.start)
+                hidden_RF = kept_RF[rows] if keep and kept_RF.dtype == dtype else h_rF[r]
+                multiply(fetch(x_MD, rows, token_ids_R, x_rD[r]), up_FD.t(), hidden_RF)
+                if keep and kept_RF.dtype != dtype:
+                    kept_RF[rows].copy_(hidden_RF)
+                a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=a_rF[r])
+                store(a_RF, down_DF.t(), y_RD[rows], y_rD[r])
+                end = rows.stop
+        y_RD[end:] = 0  # only what no expert wrote: zeroing everything first costs 8% of a small model's step
+        return (y_RD if routes is None else routes.combine(y_RD, routes.weights_TK)), kept_RF
+
+
+def backward(
+    grad_y_MD: Tensor, x_MD: Tensor, kept_RF: Tensor, experts: Experts, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The wanted ones of the gradients of x, up, down and the combine weights, in this order."""
+    of_x, of_up, of_down, of_weights = wanted
+    routes, dtype = experts.routes, experts.dtype
+    W, D = experts.up_eFD.shape[1:]
+    A, R = experts.down_eDF.shape[2], kept_RF.shape[0]
+    tiles = experts.tiles(3 * D + 2 * W + 3 * A)
+    n = longest(tiles)
+    shapes = [((n, width), dtype) for width in (D, D, D, W, W, A, A, A)]
+    if routes is not None:
+        shapes.append(((R if of_x else 0, D), dtype))
+    with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, dy_rD, dx_rD, h_rF, dh_rF, a_rF, da_rF, s_rF, *dx_rows):
+        dx_RD = dx_rows[0] if dx_rows else fresh(R if of_x else 0, D, dtype=x_MD.dtype)
+        d_up = WeightGradient(experts.up_eFD, experts) if of_up else None
+        d_down = WeightGradient(experts.down_eDF, experts) if of_down else None
+        token_ids_R, weights_R1, d_weights_R = None, None, None
+        if routes is not None:
+            token_ids_R, weights_R1 = routes.token_ids_R(), routes.weights_R1()
+            d_weights_R = weights_R1.new_zeros(R) if of_weights else None
+        end = 0
+        for expert, its_rows in tiles:
+            up_FD, down_DF = experts.up_eFD[expert].to(dtype), experts.down_eDF[expert].to(dtype)
+            for rows in its_rows:
+                r, first, end = slice(0, rows.stop - rows.start), rows is its_rows[0], rows.stop
+                hidden_RF = kept_RF[rows] if kept_RF.dtype == dtype else h_rF[r].copy_(kept_RF[rows])
+                a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=s_rF[r])
+                dy_RD, da_RF = fetch(grad_y_MD, rows, token_ids_R, dy_rD[r]), da_rF[r]
+                if of_x or of_up or of_weights:
+                    multiply(dy_RD, down_DF, da_RF)
+                if d_weights_R is not None:
+                    products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
+                    d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
+                if weights_R1 is not None:
+                    dy_RD.mul_(weights_R1[rows])
+                    da_RF.mul_(weights_R1[rows])
+                if d_down is not None:
+                    d_down.add(expert, dy_RD, a_RF, first=first)
+                if of_x or of_up:
+                    dh_RF = activate_backward(da_RF, hidden_RF, experts.activation, dh_rF[r], silu_RF=s_rF[r])
+                if d_up is not None:
+                    d_up.add(expert, dh_RF, fetch(x_MD, rows, token_ids_R, x_rD[r]), first=first)
+                if of_x:
+                    store(dh_RF, up_FD, dx_RD[rows], dx_rD[r])
+            for gradient in (d_up, d_down):
+                if gradient is not None:
+                    gradient.finish(expert)
+        found = []
+        if of_x:
+            dx_RD[end:] = 0
+            # Sums over K are made in the dtype of computation and rounded once.
+            found.append(dx_RD if routes is None else routes.combine(dx_RD, None).to(x_MD.dtype))
+        found += [gradient.grad_eOI for gradient in (d_up, d_down) if gradient is not None]
+        if routes is not None and d_weights_R is not None:
+            found.append(d_weights_R.index_select(0, routes.inverse_N).view_as(routes.weights_TK))
+        return found
+
+
+def fetch(source_MD: Tensor, rows: slice, token_ids_R: Tensor | None, buffer_RD: Tensor) -> Tensor:
+    """A tile of rows in the buffer's dtype: from tokens, or as they are."""
+    if token_ids_R is None:
+        part_RD = source_MD[rows]
+    elif source_MD.dtype == buffer_RD.dtype:
+        return torch.index_select(source_MD, 0, token_ids_R[rows], out=buffer_RD)
+    else:
+        part_RD = source_MD.index_select(0, token_ids_R[rows])
+    return part_RD if part_RD.dtype == buffer_RD.dtype else buffer_RD.copy_(part_RD)
+
+
+def store(a: Tensor, b: Tensor, out_RD: Tensor, buffer_RD: Tensor) -> None:
+    """out_RD = a @ b, of any dtype."""
+    if out_RD.dtype == buffer_RD.dtype:
+        multiply(a, b, out_RD)
+    else:
+        out_RD.copy_(multiply(a, b, buffer_RD))
+
+
+def activate(hidden_RF: Tensor, activation: str, out_RF: Tensor, *, silu_RF: Tensor) -> Tensor:
+    """silu(gate) * up or gelu(up) into out_RF; silu(gate) into silu_RF, which may be out_RF."""
+    if activation == "gelu":
+        torch.ops.aten.gelu.out(hidden_RF, out=out_RF)
+        return out_RF
+    gate_RF, up_RF = hidden_RF.chunk(2, dim=1)
+    torch.ops.aten.silu.out(gate_RF, out=silu_RF)
+    return torch.mul(silu_RF, up_RF, out=out_RF)
+
+
+def activate_backward(
+    grad_RF: Tensor, hidden_RF: Tensor, activation: str, out_RF: Tensor, *, silu_RF: Tensor
+) -> Tensor:
+    """The gradient of `hidden_RF` into out_RF; overwrites grad_RF. silu_RF is what `activate` made."""
+    if activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(grad_RF, hidden_RF, grad_input=out_RF)
+        return out_RF
+    gate_RF, up_RF = hidden_RF.chunk(2, dim=1)
+    of_gate_RF, of_up_RF = out_RF.chunk(2, dim=1)
+    torch.mul(grad_RF, silu_RF, out=of_up_RF)
+    torch.ops.aten.silu_backward.grad_input(grad_RF.mul_(up_RF), gate_RF, grad_input=of_gate_RF)
+    return out_RF
+
+
+def longest(tiles: list[tuple[int, list[slice]]]) -> int:
+    """Rows of the longest tile."""
+    return max((rows.stop - rows.start for _, its_rows in tiles for rows in its_rows), default=0)

@@ -1,0 +1,33 @@
+"""Routes: which row, in the order of experts, is which slot of which token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which rows are whose. Rows past load_e.sum() stand for empty slots."""
+
+    weights_TK: Tensor
+    order_N: Tensor
+    """int64, the pair (token * K + slot) that a row is."""
+    inverse_N: Tensor
+    """int64, the row that a pair is."""
+
+    def token_ids_R(self) -> Tensor:
+        return self.order_N // max(self.weights_TK.shape[1], 1)
+
+    def weights_R1(self) -> Tensor:
+        return self.weights_TK.reshape(-1).index_select(0, self.order_N).unsqueeze(1)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor | None) -> Tensor:
+        """For every token the (weighted) sum over its slots. embedding_bag reads each row once and writes no products:
+        5 ms at 32768 rows of 512 floats, where an index_add_ takes 64."""
+        T, K = self.weights_TK.shape
+        if y_RD.numel() == 0:
+            return y_RD.new_zeros(T, y_RD.shape[1])
+        return F.embedding_bag(self.inverse_N.reshape(T, K), y_RD, mode="sum", per_sample_weights=weights_TK)
