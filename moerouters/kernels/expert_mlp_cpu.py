@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moerouters.autocast import no_autocast
+from moerouters.errors import ShapeError
 from moerouters.kernels.routes import Routes
 from moerouters.kernels.workspace import borrowed, fresh
 
@@ -50,8 +51,11 @@ class Experts:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.up_eFD.dtype)
 
-    def tiles(self, row_width: int) -> list[tuple[int, list[slice]]]:
-        """(expert, its tiles) of each expert that has rows. row_width: elements that buffers hold for each row."""
+    def tiles(self, num_rows: int, row_width: int) -> list[tuple[int, list[slice]]]:
+        """(expert, its tiles) of each expert that has rows. row_width: elements that buffers hold for each row.
+
+        Raises ShapeError where experts have more than num_rows.
+        """
         most = max(64, min(_TILE_ROWS, _TILE_BYTES // (row_width * self.dtype.itemsize)))
         found, start = [], 0
         for expert, rows in enumerate(self.load_e.tolist()):
@@ -60,6 +64,12 @@ class Experts:
                 bounds = [start + part * rows // parts for part in range(parts + 1)]
                 found.append((expert, [slice(a, b) for a, b in pairwise(bounds)]))
             start += rows
+        if start > num_rows:
+            raise ShapeError(
+                f"experts have {start} rows, and there are {num_rows}.",
+                why="load_e says how many of the rows, in this order, belong to each expert",
+                fix="let load_e count the rows that are handed in",
+            )
         return found
 
 
@@ -94,7 +104,7 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
     W, D = experts.up_eFD.shape[1:]
     A, R = experts.down_eDF.shape[2], x_MD.shape[0] if routes is None else routes.order_N.shape[0]
     kept_RF = fresh(R if keep else 0, W, dtype=x_MD.dtype)
-    tiles = experts.tiles(2 * D + W + A)
+    tiles = experts.tiles(R, 2 * D + W + A)
     n = longest(tiles)
     shapes = [((n, width), dtype) for width in (D, W, A, D)]
     if routes is not None:  # weighted sums are made in the weights' dtype: in bfloat16, K of them lose two bits
@@ -114,7 +124,9 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
                 a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=a_rF[r])
                 store(a_RF, down_DF.t(), y_RD[rows], y_rD[r])
                 end = rows.stop
-        y_RD[end:] = 0  # only what no expert wrote: zeroing everything first costs 8% of a small model's step
+        # Only what no expert wrote is zeroed: zeroing everything first costs 8% of a small model's step.
+        y_RD[end:] = 0
+        kept_RF[end:] = 0
         return (y_RD if routes is None else routes.combine(y_RD, routes.weights_TK)), kept_RF
 
 
@@ -126,7 +138,7 @@ def backward(
     routes, dtype = experts.routes, experts.dtype
     W, D = experts.up_eFD.shape[1:]
     A, R = experts.down_eDF.shape[2], kept_RF.shape[0]
-    tiles = experts.tiles(3 * D + 2 * W + 3 * A)
+    tiles = experts.tiles(R, 3 * D + 2 * W + 3 * A)
     n = longest(tiles)
     shapes = [((n, width), dtype) for width in (D, D, D, W, W, A, A, A)]
     if routes is not None:
