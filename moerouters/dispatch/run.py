@@ -35,7 +35,7 @@ def through_experts(
     part's experts work while another travels; results are the same but for the order of sums in weight gradients. Every
     rank makes the same number of exchanges, whatever tokens it has. capacity: see DispatchPlan.
     """
-    if isinstance(dispatcher, LocalDispatcher) and dispatcher.fuses(experts, assignment):
+    if isinstance(dispatcher, LocalDispatcher) and dispatcher.fuses(experts, x_TD, assignment):
         y_TD = dispatcher.through(experts, x_TD, make_plan(assignment, capacity=capacity), assignment.weights)
         return y_TD if beside is None else y_TD + beside(x_TD)
 
