@@ -164,12 +164,13 @@ def backward(
                 if d_weights_R is not None:
                     products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
                     d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
-                if weights_R1 is not None:
-                    dy_RD.mul_(weights_R1[rows])
-                    da_RF.mul_(weights_R1[rows])
                 if d_down is not None:
+                    if weights_R1 is not None:  # either factor will do: the narrower one
+                        (dy_RD if D < A else a_RF).mul_(weights_R1[rows])
                     d_down.add(expert, dy_RD, a_RF, first=first)
                 if of_x or of_up:
+                    if weights_R1 is not None:
+                        da_RF.mul_(weights_R1[rows])
                     dh_RF = activate_backward(da_RF, hidden_RF, experts.activation, dh_rF[r], silu_RF=s_rF[r])
                 if d_up is not None:
                     d_up.add(expert, dh_RF, fetch(x_MD, rows, token_ids_R, x_rD[r]), first=first)
