@@ -1,9 +1,9 @@
 """Experts on a CPU: tile by tile, so that what lies between two matrix products stays in the cache.
 
-A tile is some rows of one expert. Its rows are gathered into a buffer, multiplied, activated and multiplied. For
+A tile is some neighbouring rows. They are gathered into a buffer, multiplied, activated and multiplied. For
 backward only the first product `hidden_RF` is kept; it gathers again, computes the activation again, and has the
 gradient of a combine weight from <dA, A> over the expert's width, not from <dY, Y> (SonicMoE, arXiv:2512.14080,
-Sec. 4). Weight gradients are written in place, one expert after the other.
+Sec. 4). Weight gradients are written in place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if has_units() else torch.float32
 
 
+class Piece(NamedTuple):
+    """An expert's part of a tile."""
+
+    expert: int
+    rows: slice
+    """Counted from the tile's begin."""
+    first: bool
+    """Of the expert's pieces."""
+    last: bool
+
+
+@dataclass
+class Tile:
+    """Neighbouring rows, of one expert or several: what is no matrix product is done for all of them at once."""
+
+    begin: int
+    end: int
+    pieces: list[Piece]
+
+    def add(self, expert: int, end: int, *, first: bool, last: bool) -> None:
+        self.pieces.append(Piece(expert, slice(self.end - self.begin, end - self.begin), first, last))
+        self.end = end
+
+
 @dataclass(frozen=True)
 class Experts:
     """Weights, rows per expert, and the routes by which rows come from tokens; None where rows are given."""
@@ -51,18 +75,21 @@ class Experts:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.up_eFD.dtype)
 
-    def tiles(self, num_rows: int, row_width: int) -> list[tuple[int, list[slice]]]:
-        """(expert, its tiles) of each expert that has rows. row_width: elements that buffers hold for each row.
+    def tiles(self, num_rows: int, row_width: int) -> list[Tile]:
+        """All rows that experts have, in order. row_width: elements that buffers hold for each row.
 
         Raises ShapeError where experts have more than num_rows.
         """
         most = max(64, min(_TILE_ROWS, _TILE_BYTES // (row_width * self.dtype.itemsize)))
-        found, start = [], 0
+        found: list[Tile] = []
+        start = 0
         for expert, rows in enumerate(self.load_e.tolist()):
-            if rows:
-                parts = -(-rows // most)
-                bounds = [start + part * rows // parts for part in range(parts + 1)]
-                found.append((expert, [slice(a, b) for a, b in pairwise(bounds)]))
+            parts = -(-rows // most)
+            for part in range(parts):
+                begin, end = start + part * rows // parts, start + (part + 1) * rows // parts
+                if not found or end - found[-1].begin > most:
+                    found.append(Tile(begin, begin, []))
+                found[-1].add(expert, end, first=part == 0, last=part == parts - 1)
             start += rows
         if start > num_rows:
             raise ShapeError(
@@ -83,14 +110,13 @@ class WeightGradient:
         same = weight_eOI.dtype == experts.dtype
         self._sum_OI = None if same else torch.empty(weight_eOI.shape[1:], dtype=experts.dtype)
 
-    def add(self, expert: int, grad_RO: Tensor, input_RI: Tensor, *, first: bool) -> None:
-        """One tile's part of an expert's gradient."""
-        sum_OI = self.grad_eOI[expert] if self._sum_OI is None else self._sum_OI
-        multiply(grad_RO.t(), input_RI, sum_OI, add=not first)
-
-    def finish(self, expert: int) -> None:
-        if self._sum_OI is not None:
-            self.grad_eOI[expert].copy_(self._sum_OI)
+    def add(self, piece: Piece, grad_RO: Tensor, input_RI: Tensor) -> None:
+        """What the piece's rows of a tile contribute."""
+        grad_OI = self.grad_eOI[piece.expert]
+        sum_OI = grad_OI if self._sum_OI is None else self._sum_OI
+        multiply(grad_RO[piece.rows].t(), input_RI[piece.rows], sum_OI, add=not piece.first)
+        if piece.last and self._sum_OI is not None:
+            grad_OI.copy_(self._sum_OI)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
@@ -105,25 +131,28 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
     A, R = experts.down_eDF.shape[2], x_MD.shape[0] if routes is None else routes.order_N.shape[0]
     kept_RF = fresh(R if keep else 0, W, dtype=x_MD.dtype)
     tiles = experts.tiles(R, 2 * D + W + A)
-    n = longest(tiles)
+    n = max((tile.end - tile.begin for tile in tiles), default=0)
     shapes = [((n, width), dtype) for width in (D, W, A, D)]
     if routes is not None:  # weighted sums are made in the weights' dtype: in bfloat16, K of them lose two bits
         shapes.append(((R, D), routes.weights_TK.dtype))
     with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, h_rF, a_rF, y_rD, *y_rows):
         y_RD = y_rows[0] if y_rows else fresh(R, D, dtype=x_MD.dtype)
         token_ids_R = None if routes is None else routes.token_ids_R()
-        end = 0
-        for expert, its_rows in tiles:
-            up_FD, down_DF = experts.up_eFD[expert].to(dtype), experts.down_eDF[expert].to(dtype)
-            for rows in its_rows:
-                r = slice(0, rows.stop - rows.start)
-                hidden_RF = kept_RF[rows] if keep and kept_RF.dtype == dtype else h_rF[r]
-                multiply(fetch(x_MD, rows, token_ids_R, x_rD[r]), up_FD.t(), hidden_RF)
-                if keep and kept_RF.dtype != dtype:
-                    kept_RF[rows].copy_(hidden_RF)
-                a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=a_rF[r])
-                store(a_RF, down_DF.t(), y_RD[rows], y_rD[r])
-                end = rows.stop
+        for tile in tiles:
+            rows, r = slice(tile.begin, tile.end), slice(0, tile.end - tile.begin)
+            x_RD = fetch(x_MD, rows, token_ids_R, x_rD[r])
+            hidden_RF = kept_RF[rows] if keep and kept_RF.dtype == dtype else h_rF[r]
+            for expert, piece, _, _ in tile.pieces:
+                multiply(x_RD[piece], experts.up_eFD[expert].to(dtype).t(), hidden_RF[piece])
+            if keep and kept_RF.dtype != dtype:
+                kept_RF[rows].copy_(hidden_RF)
+            a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=a_rF[r])
+            out_RD = y_RD[rows] if y_RD.dtype == dtype else y_rD[r]
+            for expert, piece, _, _ in tile.pieces:
+                multiply(a_RF[piece], experts.down_eDF[expert].to(dtype).t(), out_RD[piece])
+            if y_RD.dtype != dtype:
+                y_RD[rows].copy_(out_RD)
+        end = tiles[-1].end if tiles else 0
         # Only what no expert wrote is zeroed: zeroing everything first costs 8% of a small model's step.
         y_RD[end:] = 0
         kept_RF[end:] = 0
@@ -139,7 +168,7 @@ def backward(
     W, D = experts.up_eFD.shape[1:]
     A, R = experts.down_eDF.shape[2], kept_RF.shape[0]
     tiles = experts.tiles(R, 3 * D + 2 * W + 3 * A)
-    n = longest(tiles)
+    n = max((tile.end - tile.begin for tile in tiles), default=0)
     shapes = [((n, width), dtype) for width in (D, D, D, W, W, A, A, A)]
     if routes is not None:
         shapes.append(((R if of_x else 0, D), dtype))
@@ -151,34 +180,38 @@ def backward(
         if routes is not None:
             token_ids_R, weights_R1 = routes.token_ids_R(), routes.weights_R1()
             d_weights_R = weights_R1.new_zeros(R) if of_weights else None
-        end = 0
-        for expert, its_rows in tiles:
-            up_FD, down_DF = experts.up_eFD[expert].to(dtype), experts.down_eDF[expert].to(dtype)
-            for rows in its_rows:
-                r, first, end = slice(0, rows.stop - rows.start), rows is its_rows[0], rows.stop
-                hidden_RF = kept_RF[rows] if kept_RF.dtype == dtype else h_rF[r].copy_(kept_RF[rows])
-                a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=s_rF[r])
-                dy_RD, da_RF = fetch(grad_y_MD, rows, token_ids_R, dy_rD[r]), da_rF[r]
-                if of_x or of_up or of_weights:
-                    multiply(dy_RD, down_DF, da_RF)
-                if d_weights_R is not None:
-                    products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
-                    d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
-                if d_down is not None:
-                    if weights_R1 is not None:  # either factor will do: the narrower one
-                        (dy_RD if D < A else a_RF).mul_(weights_R1[rows])
-                    d_down.add(expert, dy_RD, a_RF, first=first)
-                if of_x or of_up:
-                    if weights_R1 is not None:
-                        da_RF.mul_(weights_R1[rows])
-                    dh_RF = activate_backward(da_RF, hidden_RF, experts.activation, dh_rF[r], silu_RF=s_rF[r])
-                if d_up is not None:
-                    d_up.add(expert, dh_RF, fetch(x_MD, rows, token_ids_R, x_rD[r]), first=first)
-                if of_x:
-                    store(dh_RF, up_FD, dx_RD[rows], dx_rD[r])
-            for gradient in (d_up, d_down):
-                if gradient is not None:
-                    gradient.finish(expert)
+        for tile in tiles:
+            rows, r = slice(tile.begin, tile.end), slice(0, tile.end - tile.begin)
+            hidden_RF = kept_RF[rows] if kept_RF.dtype == dtype else h_rF[r].copy_(kept_RF[rows])
+            a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=s_rF[r])
+            dy_RD, da_RF = fetch(grad_y_MD, rows, token_ids_R, dy_rD[r]), da_rF[r]
+            if of_x or of_up or of_weights:
+                for expert, piece, _, _ in tile.pieces:
+                    multiply(dy_RD[piece], experts.down_eDF[expert].to(dtype), da_RF[piece])
+            if d_weights_R is not None:
+                products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
+                d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
+            if d_down is not None:
+                if weights_R1 is not None:  # either factor will do: the narrower one
+                    (dy_RD if D < A else a_RF).mul_(weights_R1[rows])
+                for each in tile.pieces:
+                    d_down.add(each, dy_RD, a_RF)
+            if not (of_x or of_up):
+                continue
+            if weights_R1 is not None:
+                da_RF.mul_(weights_R1[rows])
+            dh_RF = activate_backward(da_RF, hidden_RF, experts.activation, dh_rF[r], silu_RF=s_rF[r])
+            if d_up is not None:
+                x_RD = fetch(x_MD, rows, token_ids_R, x_rD[r])
+                for each in tile.pieces:
+                    d_up.add(each, dh_RF, x_RD)
+            if of_x:
+                out_RD = dx_RD[rows] if dx_RD.dtype == dtype else dx_rD[r]
+                for expert, piece, _, _ in tile.pieces:
+                    multiply(dh_RF[piece], experts.up_eFD[expert].to(dtype), out_RD[piece])
+                if dx_RD.dtype != dtype:
+                    dx_RD[rows].copy_(out_RD)
+        end = tiles[-1].end if tiles else 0
         found = []
         if of_x:
             dx_RD[end:] = 0
@@ -199,14 +232,6 @@ def fetch(source_MD: Tensor, rows: slice, token_ids_R: Tensor | None, buffer_RD:
     else:
         part_RD = source_MD.index_select(0, token_ids_R[rows])
     return part_RD if part_RD.dtype == buffer_RD.dtype else buffer_RD.copy_(part_RD)
-
-
-def store(a: Tensor, b: Tensor, out_RD: Tensor, buffer_RD: Tensor) -> None:
-    """out_RD = a @ b, of any dtype."""
-    if out_RD.dtype == buffer_RD.dtype:
-        multiply(a, b, out_RD)
-    else:
-        out_RD.copy_(multiply(a, b, buffer_RD))
 
 
 def activate(hidden_RF: Tensor, activation: str, out_RF: Tensor, *, silu_RF: Tensor) -> Tensor:
@@ -231,8 +256,3 @@ def activate_backward(
     torch.mul(grad_RF, silu_RF, out=of_up_RF)
     torch.ops.aten.silu_backward.grad_input(grad_RF.mul_(up_RF), gate_RF, grad_input=of_gate_RF)
     return out_RF
-
-
-def longest(tiles: list[tuple[int, list[slice]]]) -> int:
-    """Rows of the longest tile."""
-    return max((rows.stop - rows.start for _, its_rows in tiles for rows in its_rows), default=0)

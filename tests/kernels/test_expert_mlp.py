@@ -72,6 +72,8 @@ def test_an_expert_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         found = case.run()
     assert len(made) == 2 * sum(-(-rows // 64) for rows in case.load_e.tolist())
     assert max(rows for rows, _ in made) <= 64
+    assert bool((case.load_e > 64).any())
+    assert bool((case.load_e < 32).any())  # neighbours that share a tile
     expect_equal(found, case.run_torch(), case.wanted)
 
 
