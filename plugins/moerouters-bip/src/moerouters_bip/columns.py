@@ -1,6 +1,6 @@
 """Order statistics per expert: which value do the n-th best tokens bid for it?
 
-`dual.py` asks for them in every iteration. Three answers: `LocalColumns` here sorts the tokens of this rank;
+`dual.py` asks for them in every iteration. Three answers: `LocalColumns` here looks at the tokens of this rank;
 `shards.py` finds the same values over the tokens of all ranks; `histogram.py` finds near ones with less talk.
 """
 
@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from moerouters.kernels.order_statistic import kth_largest_per_expert
 
 LOWEST = -float("inf")
 
@@ -40,20 +42,15 @@ class MakeColumns(Protocol):
 
 
 class LocalColumns:
-    """The bids of this rank, sorted as far as `most` (a full sort costs 5 times as much at K/E = 1/8)."""
+    """The bids of this rank."""
 
     def __init__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int) -> None:
         self.tokens = tokens
         self.places_E = (bids_ET > LOWEST).sum(dim=-1)
-        self._falling_ET = bids_ET.topk(min(bids_ET.shape[1], most + 1), dim=-1).values
+        self._bids_ET, self._most = bids_ET, most
 
     def falling(self, index: Tensor, count: int) -> Tensor:
-        return torch.stack([self._at(index + n) for n in range(count)])
-
-    def _at(self, index: Tensor) -> Tensor:
-        at_E = torch.minimum(index, self.places_E - 1).clamp(0, self._falling_ET.shape[1] - 1)
-        picked_E = self._falling_ET.gather(1, at_E.unsqueeze(1)).squeeze(1)
-        return torch.where(self.places_E > 0, picked_E, 0.0)
+        return kth_largest_per_expert(self._bids_ET.t(), index + 1, count=count, most=self._most)
 
 
 def between(first: Tensor, index: Tensor, places_E: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moerouters.kernels.dual import dual_update
 from moerouters_bip.columns import LOWEST, Columns, LocalColumns, MakeColumns
 
 Variant = Literal["centred", "published"]
@@ -42,7 +43,11 @@ def solve_dual(
     """
     T, E = scores_TE.shape
     start_E = dual_E.to(scores_TE.dtype)
-    if top_k >= E or (T == 0 and columns is LocalColumns):
+    if columns is LocalColumns and (limit is None or T == 0):
+        return dual_update(
+            scores_TE, dual_E, top_k=top_k, iterations=iterations, centred=variant == "centred", valid_T=valid_T
+        )
+    if top_k >= E:
         return start_E
     if valid_T is None:
         valid_T = torch.ones(T, dtype=torch.bool, device=scores_TE.device)
