@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moerouters import Gating, LoadScope, RouteContext
+from moerouters.kernels.bins import OCTAVE_BITS, bin_edges
 from moerouters.metrics import max_violation
 from moerouters_bip import BipConfig, BipRouter, solve_dual
 from moerouters_bip.columns import LOWEST, LocalColumns
-from moerouters_bip.histogram import FINEST, PER_OCTAVE, WIDEST, HistogramColumns, bin_edges
+from moerouters_bip.histogram import FINEST, WIDEST, HistogramColumns
 from moerouters_bip.ranks import ALONE
 from moerouters_bip.shards import ShardedColumns
 from moerouters_conformance.pool import rank_pool
@@ -118,18 +119,18 @@ def test_a_histogram_is_off_by_at_most_a_bin(
     histogram = HistogramColumns(bids_ET, tokens, centre_E=centre_E, ranks=ALONE)
     found_NE = histogram.falling(torch.tensor(index), count)
     distance_NE = (true_NE - centre_E).abs()
-    width_NE = (distance_NE / PER_OCTAVE).clamp_min(2.0 ** (FINEST + 1))
+    width_NE = (distance_NE / 2**OCTAVE_BITS).clamp_min(2.0 ** (FINEST + 1))
     rounding_NE = 4 * torch.finfo(dtype).eps * (true_NE.abs() + distance_NE)
     off_NE = torch.where(histogram.places_E > 0, (found_NE - true_NE).abs(), 0.0)
     assert bool((off_NE <= width_NE + rounding_NE).all()), (off_NE, width_NE)
 
 
 def test_bins_are_fine_near_the_centre_and_reach_far() -> None:
-    edges_B = bin_edges(torch.float32)
+    edges_B = bin_edges(FINEST, WIDEST, torch.float32)
     assert bool((edges_B.diff() > 0).all()) and torch.equal(edges_B, -edges_B.flip(0))
     assert float(edges_B[-1]) == 2.0**WIDEST and float(edges_B[edges_B > 0][0]) == 2.0**FINEST
     upper_B = edges_B[edges_B > 0]
-    assert bool((upper_B.diff() <= upper_B[:-1] / PER_OCTAVE).all())
+    assert bool((upper_B.diff() <= upper_B[:-1] / 2**OCTAVE_BITS).all())
 
 
 @pytest.mark.parametrize("make", [Gating.softmax, Gating.sigmoid, Gating.softmax_after_topk])

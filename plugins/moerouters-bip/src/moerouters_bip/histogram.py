@@ -9,15 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moerouters.kernels.counts import count_experts
-from moerouters_bip.columns import LOWEST, between
+from moerouters.kernels.bins import bin_counts, bin_edges
+from moerouters_bip.columns import between
 from moerouters_bip.ranks import Ranks
 
 FINEST = -20
 """Within 2**FINEST of the centre there is one bin."""
 WIDEST = 20
 """Beyond 2**WIDEST of the centre values are not told apart."""
-PER_OCTAVE = 8
 
 
 class HistogramColumns:
@@ -30,11 +29,9 @@ class HistogramColumns:
     def __init__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int = 0, ranks: Ranks) -> None:
         E = bids_ET.shape[0]
         self._centre_E = centre_E.to(bids_ET.dtype)
-        self._edges_B = bin_edges(bids_ET.dtype, bids_ET.device)
+        self._edges_B = bin_edges(FINEST, WIDEST, bids_ET.dtype, bids_ET.device)
         bins = self._edges_B.numel() + 1
-        bins_ET = torch.bucketize(bids_ET - self._centre_E.unsqueeze(1), self._edges_B, right=True)
-        ids_ET = torch.arange(E, device=bids_ET.device).unsqueeze(1) * bins + bins_ET
-        counts = count_experts(torch.where(bids_ET > LOWEST, ids_ET, E * bins), E * bins)
+        counts = bin_counts(bids_ET, self._centre_E, finest=FINEST, widest=WIDEST).reshape(-1)
         summed = ranks.sum(torch.cat([counts, tokens.reshape(1)]))
         self.tokens = summed[-1]
         self._counts_EB = summed[:-1].reshape(E, bins).flip(1)  # largest bids first
@@ -69,11 +66,3 @@ class HistogramColumns:
         low_E = self._edges_B[(bin_E - 1).clamp_min(0)]
         value_E = self._centre_E + high_E + (low_E - high_E) * share_E
         return torch.where(self.places_E > 0, value_E, 0.0)
-
-
-def bin_edges(dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """[B] ascending: plus and minus 2**n (1 + i / PER_OCTAVE), from 2**FINEST to 2**WIDEST."""
-    marks = torch.arange((WIDEST - FINEST) * PER_OCTAVE + 1, device=device)
-    steps = 1 + (marks % PER_OCTAVE).to(dtype) / PER_OCTAVE
-    upper = torch.ldexp(steps, marks // PER_OCTAVE + FINEST)
-    return torch.cat([-upper.flip(0), upper])

@@ -10,12 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moerouters.kernels.counts import count_experts
+from moerouters.kernels.bins import DIGIT_BITS, DIGITS, digit_counts, sortable, unsortable
 from moerouters_bip.columns import LOWEST, between
 from moerouters_bip.ranks import Ranks
-
-DIGIT_BITS = 8
-DIGITS = 1 << DIGIT_BITS
 
 
 class ShardedColumns:
@@ -25,10 +22,9 @@ class ShardedColumns:
         self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor | None = None, most: int = 0, ranks: Ranks
     ) -> None:
         self._ranks, self._dtype = ranks, bids_ET.dtype
-        self._keys_ET, self._counted_ET = _sortable(bids_ET), bids_ET > LOWEST
-        self._bits = 8 * self._keys_ET.element_size()
+        self._keys_ET, self._counted_ET = sortable(bids_ET), bids_ET > LOWEST
         E = bids_ET.shape[0]
-        first_EB = self._count(self._counted_ET, self._bits - DIGIT_BITS)
+        first_EB = digit_counts(self._keys_ET, self._keys_ET.new_zeros(E), depth=0)
         # How many tokens count travels along: every place that is asked for depends on it.
         counts = ranks.sum(torch.cat([first_EB.reshape(-1), tokens.reshape(1)]))
         self._first_EB, self.tokens = counts[:-1].reshape(E, DIGITS), counts[-1]
@@ -49,18 +45,16 @@ class ShardedColumns:
         key_E = torch.zeros_like(at_E, dtype=self._keys_ET.dtype)
         before_E = torch.zeros_like(at_E)
         counts_EB = self._first_EB
-        for shift in range(self._bits - DIGIT_BITS, -1, -DIGIT_BITS):
-            if shift < self._bits - DIGIT_BITS:
-                same_ET = (self._keys_ET >> (shift + DIGIT_BITS)) == key_E.unsqueeze(1)
-                counts_EB = self._ranks.sum(self._count(self._counted_ET & same_ET, shift))
+        for depth in range(self._keys_ET.element_size()):
+            if depth:
+                counts_EB = self._ranks.sum(digit_counts(self._keys_ET, key_E, depth=depth))
             # Largest digits first: the place lies in the first digit up to which more than that many bids stand.
             up_to_EB = before_E.unsqueeze(1) + counts_EB.flip(1).cumsum(1)
             skipped_E1 = (up_to_EB <= at_E.unsqueeze(1)).sum(dim=1, keepdim=True).clamp_max(DIGITS - 1)
             equal_E = counts_EB.flip(1).gather(1, skipped_E1).squeeze(1)
             before_E = up_to_EB.gather(1, skipped_E1).squeeze(1) - equal_E
             digit_E = (DIGITS - 1 - skipped_E1.squeeze(1)).to(key_E.dtype)
-            top = shift == self._bits - DIGIT_BITS
-            key_E = digit_E - DIGITS // 2 if top else (key_E << DIGIT_BITS) + digit_E
+            key_E = (key_E << DIGIT_BITS) + digit_E if depth else digit_E - DIGITS // 2
         return key_E, before_E, equal_E
 
     def _key_below(self, key_E: Tensor) -> Tensor:
@@ -72,26 +66,6 @@ class ShardedColumns:
         none_E1 = torch.full_like(key_E, least).unsqueeze(1)
         return self._ranks.max(torch.cat([candidates_ET, none_E1], dim=1).amax(dim=1))
 
-    def _count(self, chosen_ET: Tensor, shift: int) -> Tensor:
-        """int64 [E, 256]: how many of this rank's chosen bids have which digit."""
-        E = chosen_ET.shape[0]
-        digits_ET = ((self._keys_ET >> shift) & (DIGITS - 1)).long()
-        if shift == self._bits - DIGIT_BITS:
-            digits_ET = digits_ET ^ (DIGITS // 2)  # the sign bit: negative keys come first
-        ids_ET = torch.arange(E, device=digits_ET.device).unsqueeze(1) * DIGITS + digits_ET
-        return count_experts(torch.where(chosen_ET, ids_ET, E * DIGITS), E * DIGITS).reshape(E, DIGITS)
-
     def _value(self, key_E: Tensor) -> Tensor:
-        value_E = _flipped(key_E).view(self._dtype)
+        value_E = unsortable(key_E, self._dtype)
         return torch.where(self.places_E > 0, value_E, 0.0)
-
-
-def _sortable(values_ET: Tensor) -> Tensor:
-    """Signed integers of the same size that sort as the values do. 0.0 sorts after -0.0, which equals it."""
-    whole = {torch.float32: torch.int32, torch.float64: torch.int64}[values_ET.dtype]
-    return _flipped(values_ET.view(whole))
-
-
-def _flipped(bits: Tensor) -> Tensor:
-    """Floats are a sign and a magnitude, integers are not: turn the order of the negative ones. Its own inverse."""
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
