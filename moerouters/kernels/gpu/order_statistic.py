@@ -32,9 +32,9 @@ def unsortable(keys):
 
 
 @triton.jit
-def counts_of(counts_ptr, expert, neighbour, num_experts, DEPTH: tl.constexpr, COUNT: tl.constexpr):
+def counts_of(counts_ptr, expert, neighbour, num_experts, depth, COUNT: tl.constexpr):
     """Where the 256 counts of a digit stand. The first digit's do not depend on the place: one set for both."""
-    table = 0 if DEPTH == 0 else 1 + (DEPTH - 1) * COUNT + neighbour
+    table = tl.where(depth == 0, 0, 1 + (depth - 1) * COUNT + neighbour)
     return counts_ptr + (table * num_experts + expert).to(tl.int64) * DIGITS + tl.arange(0, DIGITS)
 
 
@@ -49,7 +49,7 @@ def descend(
     place = (tl.load(number_ptr) * factor + summand) // divisor - 1 + neighbour
     place = tl.maximum(tl.minimum(place, (places - 1).to(tl.int64)), 0).to(tl.int32)
     key = (place * 0).to(tl.uint32)
-    for depth in tl.static_range(DEPTH):
+    for depth in range(DEPTH):  # unrolled, its scans spill scalar registers on CDNA
         counts = tl.load(counts_of(counts_ptr, expert, neighbour, num_experts, depth, COUNT))
         larger = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
         here = (larger <= place) & (place < larger + counts)
@@ -65,7 +65,7 @@ def count_digits_kernel(
     DEPTH: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Count digit DEPTH of values - offset, -inf and NaN left out. An offset of +inf leaves its token out."""
-    expert = tl.program_id(1)
+    expert, neighbour = tl.program_id(1), tl.program_id(2)
     tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = tokens < num_tokens
     values = tl.load(values_ptr + tokens.to(tl.int64) * stride_t + expert * stride_e, mask=live, other=0.0)
@@ -73,16 +73,14 @@ def count_digits_kernel(
     live = live & (values > -float("inf"))
     keys = sortable(values)
     digits = ((keys >> (24 - 8 * DEPTH)) & 255).to(tl.int32)
-    for neighbour in tl.static_range(COUNT if DEPTH else 1):
-        counted = live
-        if DEPTH > 0:
-            found, _ = descend(
-                counts_ptr, number_ptr, expert, neighbour, num_experts, factor, summand, divisor, DEPTH, COUNT
-            )
-            counted = live & ((keys >> (32 - 8 * DEPTH)) == found)
-        counts = tl.histogram(digits, DIGITS, mask=counted)
-        counts_ptrs = counts_of(counts_ptr, expert, neighbour, num_experts, DEPTH, COUNT)
-        tl.atomic_add(counts_ptrs, counts, mask=counts > 0, sem="relaxed")
+    if DEPTH > 0:
+        found, _ = descend(
+            counts_ptr, number_ptr, expert, neighbour, num_experts, factor, summand, divisor, DEPTH, COUNT
+        )
+        live = live & ((keys >> (32 - 8 * DEPTH)) == found)
+    counts = tl.histogram(digits, DIGITS, mask=live)
+    counts_ptrs = counts_of(counts_ptr, expert, neighbour, num_experts, DEPTH, COUNT)
+    tl.atomic_add(counts_ptrs, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -104,7 +102,7 @@ def count_digits(
     """Four launches that fill `counts`, zeros before; rank: factor, summand and divisor of `descend`."""
     T, E = values_TE.shape
     for depth in range(PASSES):
-        count_digits_kernel[triton.cdiv(T, TILE), E](
+        count_digits_kernel[triton.cdiv(T, TILE), E, count if depth else 1](
             values_TE, offset_T, number, counts, T, E, *values_TE.stride(), *rank,
             DEPTH=depth, COUNT=count, TILE=TILE,
         )  # fmt: skip
