@@ -1,0 +1,131 @@
+"""`moerouters bench balance`: what balancers add to a layer's step, and BIP's dual over torch's order statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from moerouters.bench.case import Build, Case, Request, Run, Unavailable
+from moerouters.bench.timing import Ratio, median_of
+from moerouters.bench.weights import normal
+from moerouters.errors import MoeroutersError
+
+STEP, DUAL = "step", "dual"
+LAYER = "layer"
+ITERATIONS = 4
+_SMALL = 8
+"""Width of the layers in which routers are compared: all of a step but the experts' work."""
+
+
+def balance_cases(request: Request) -> Iterator[Case]:
+    """Both tables."""
+    for shape in request.shapes:
+        if not shape.gate_only:
+            yield StepCase(request, shape)
+        yield DualCase(request, shape)
+
+
+class StepCase(Case):
+    """The extra time of a balancer as a share of a layer's step: forward, backward, and `attach`'s update.
+
+    A few percent drown in the noise of whole layers. So each balancer runs in a layer of width 8, which has the same
+    tokens, experts and bookkeeping, and what it takes longer there than `topk` is divided by the step of the real
+    layer, both of the same round. Optimizers hold the gate alone: the step of a real one would make shares smaller.
+    """
+
+    baselines = (LAYER, "topk")
+    passes = STEP
+
+    def builds(self) -> Mapping[str, Build]:
+        from moerouters import available
+
+        whole: dict[str, Build] = {LAYER: partial(self._step, "topk", self.shape.D, self.shape.F)}
+        return whole | {
+            name: partial(self._step, name, _SMALL, _SMALL) for name in sorted(available(), key=lambda n: n != "topk")
+        }
+
+    def over(self, name: str, samples: Mapping[str, Sequence[float]]) -> dict[str, Ratio]:
+        if name in self.baselines:
+            return {}
+        rounds = zip(samples[name], samples["topk"], samples[LAYER], strict=True)
+        return {"layer_step": median_of([(mine - plain) / layer for mine, plain, layer in rounds])}
+
+    def _step(self, name: str, width: int, expert_size: int) -> Run:
+        from moerouters import Gating, MoELayer, attach, build
+
+        dtype = self.request.torch_dtype
+        torch.manual_seed(0)
+        try:
+            router = build(name, Gating.softmax(self.shape.E, self.shape.K))
+            layer = MoELayer(router, hidden_size=width, expert_size=expert_size).to(self.device, dtype)
+            optimizer = torch.optim.SGD([layer.gate.weight], lr=0.0)
+            attach(optimizer, layer)
+        except MoeroutersError as error:
+            raise Unavailable(str(error).splitlines()[0]) from error
+        x_TD = normal(self.shape.T, width, device=self.device, dtype=dtype).requires_grad_()
+        grad_TD = normal(self.shape.T, width, device=self.device, dtype=dtype, seed=2)
+
+        def run() -> None:
+            hidden, assignment = layer(x_TD)
+            losses = list(assignment.losses.values())
+            torch.autograd.backward([hidden, *losses], [grad_TD, *(torch.ones_like(loss) for loss in losses)])
+            optimizer.step()
+            for tensor in (x_TD, *layer.parameters()):
+                tensor.grad = None
+
+        return run
+
+
+class DualCase(Case):
+    """q of BIP after 4 iterations, from softmax scores and q = 0: the plug-in's, over torch.topk and kthvalue."""
+
+    baselines = ("topk_kthvalue",)
+    passes = DUAL
+    dtype = "float32"
+
+    def builds(self) -> Mapping[str, Build]:
+        return {"topk_kthvalue": self._plain, "bip": self._plugin}
+
+    def _scores(self) -> Tensor:
+        return torch.softmax(normal(self.shape.T, self.shape.E, device=self.device), dim=-1)
+
+    def _plain(self) -> Run:
+        return partial(plain_dual, self._scores(), top_k=self.shape.K, iterations=ITERATIONS)
+
+    def _plugin(self) -> Run:
+        try:
+            solve_dual = import_module("moerouters_bip.dual").solve_dual
+        except ModuleNotFoundError as error:
+            raise Unavailable("moerouters-bip is not installed") from error
+        scores_TE = self._scores()
+        start_E = torch.zeros(self.shape.E, device=self.device)
+
+        def run() -> Tensor:
+            q_E: Tensor = solve_dual(scores_TE, start_E, top_k=self.shape.K, iterations=ITERATIONS)
+            return q_E
+
+        expected = plain_dual(scores_TE, top_k=self.shape.K, iterations=ITERATIONS)
+        if not torch.equal(run(), expected):
+            raise Unavailable("its q has other bits than that of topk and kthvalue")
+        return run
+
+
+def plain_dual(scores_TE: Tensor, *, top_k: int, iterations: int) -> Tensor:
+    """q_E of BIP (arXiv:2502.15451), thresholds halfway between neighbours, with torch's order statistics. K < E."""
+    T, E = scores_TE.shape
+    doubled = 2 * T * top_k + E
+    rank, fraction = doubled // (2 * E), torch.tensor(doubled % (2 * E)).to(scores_TE) / (2 * E)
+    q_E = scores_TE.new_zeros(E)
+    for _ in range(iterations):
+        top_TK = (scores_TE - q_E).topk(top_k + 1, dim=-1).values
+        p_T = (top_TK[:, -2] + top_TK[:, -1]) / 2
+        excess_ET = (scores_TE - p_T.unsqueeze(1)).t().contiguous()
+        upper_E = excess_ET.kthvalue(T - rank + 1, dim=1).values
+        lower_E = excess_ET.kthvalue(T - rank, dim=1).values
+        q_E = upper_E + (lower_E - upper_E) * fraction
+        q_E = q_E - q_E.mean()
+    return q_E

@@ -1,0 +1,99 @@
+"""The pictures of docs/benchmarks.md, each with the fingerprint of the file that it was drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moerouters.bench.rows import Row
+from moerouters.lab.pictures import COLOURS, STYLE
+from moerouters.lab.showcase import fingerprint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BOTH = "forward+backward"
+_MARKS = "osD^vPX*"
+
+
+def draw(rows: Sequence[Row], images: Path, *, name: str, source: bytes) -> list[Path]:
+    """Write images/bench-NAME-layer.svg and -growth.svg, as far as there are rows for them."""
+    import matplotlib
+
+    layers = [row for row in rows if row.subject == "layer" and row.passes == _BOTH and not row.grows]
+    grown = [row for row in rows if row.grows]
+    drawn = []
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "moerouters"}):
+        for part, shown, make in (("layer", layers, _bars), ("growth", grown, _growth)):
+            if shown:
+                path = images / f"bench-{name}-{part}.svg"
+                images.mkdir(parents=True, exist_ok=True)
+                metadata = {"Date": None, "Description": fingerprint(source)}
+                make(shown).savefig(path, format="svg", bbox_inches="tight", metadata=metadata)
+                drawn.append(path)
+    return drawn
+
+
+def _bars(rows: Sequence[Row]) -> Figure:
+    """Time over the dense MLP of the same FLOPs, one panel a shape, one colour an allocator setting."""
+    shapes = list(dict.fromkeys((row.shape, row.dtype) for row in rows))
+    allocators = list(dict.fromkeys(row.allocator for row in rows))
+    figure, panels = _figure(len(shapes), height=3.6)
+    for axes, (shape, dtype) in zip(panels, shapes, strict=True):
+        here = [row for row in rows if (row.shape, row.dtype) == (shape, dtype) and "dense_mlp" in row.over]
+        impls = [name for name in dict.fromkeys(row.impl for row in here) if not name.startswith("dense")]
+        for place, allocator in enumerate(allocators):
+            bars = {row.impl: row.over["dense_mlp"] for row in here if row.allocator == allocator}
+            height = 0.8 / len(allocators)
+            shown = [name for name in impls if name in bars]
+            axes.barh(
+                [impls.index(name) + place * height for name in shown],
+                [bars[name].value for name in shown],
+                xerr=[
+                    [max(bars[name].value - bars[name].low, 0) for name in shown],
+                    [max(bars[name].high - bars[name].value, 0) for name in shown],
+                ],
+                height=height,
+                color=COLOURS[place],
+                label=f"allocator {allocator}",
+            )
+        axes.set_yticks([index + 0.4 - 0.4 / len(allocators) for index in range(len(impls))], impls)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_title(f"{shape}, {dtype}")
+        axes.set_xlabel("time over a dense MLP of the same FLOPs")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+def _growth(rows: Sequence[Row]) -> Figure:
+    """Milliseconds against T, E and K, both on log scales; a grey line grows linearly."""
+    letters = list(dict.fromkeys(row.grows for row in rows))
+    impls = list(dict.fromkeys(row.impl for row in rows))
+    figure, panels = _figure(len(letters), height=3.8)
+    for axes, letter in zip(panels, letters, strict=True):
+        here = [row for row in rows if row.grows == letter]
+        for index, impl in enumerate(impls):
+            line = sorted((row.sizes[letter], row.median_ms) for row in here if row.impl == impl)
+            axes.plot(*zip(*line, strict=True), marker=_MARKS[index % len(_MARKS)], markersize=4,
+                      color=COLOURS[index % len(COLOURS)], label=impl)  # fmt: skip
+        first = min(row.sizes[letter] for row in here)
+        last = max(row.sizes[letter] for row in here)
+        base = min(row.median_ms for row in here if row.sizes[letter] == first)
+        axes.plot([first, last], [base, base * last / first], color="#999999", linestyle=":", label="linear")
+        fixed = ", ".join(f"{name} {size}" for name, size in here[0].sizes.items() if name not in (letter, "layers"))
+        axes.set(xscale="log", yscale="log", xlabel=letter, ylabel="ms", title=fixed)
+        axes.title.set_fontsize(9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5)
+    return figure
+
+
+def _figure(panels: int, *, height: float) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels, height), layout="constrained")
+    grid = figure.subplots(1, panels, squeeze=False)
+    return figure, list(grid[0])
