@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all gpu lint type docs docs-models docs-composition dist clean
+.PHONY: help install compare test test-all gpu lint type docs docs-models docs-composition docs-benchmarks dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,12 +48,16 @@ docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from doc
 	$(BIN)/python -m tests.swap.survey_page docs
 	$(BIN)/python -m tests.dispatch.composition_page docs
 	PYTHONPATH=tests $(BIN)/python -m support.expert_parallel_page render docs
+	$(BIN)/python -m moerouters.bench.page docs
 
 docs-models: $(VENV)/.dev  ## Try every router class of the installed transformers, and write docs/models.md (2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.swap.survey docs
 
 docs-composition: $(VENV)/.dev  ## Try every dispatcher with everything else on four ranks, for docs/distributed.md (2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.dispatch.composition docs
+
+docs-benchmarks: $(VENV)/.dev  ## Measure what docs/benchmarks.md shows, on an idle machine; ARGS="--device cuda"
+	$(BIN)/python -m moerouters.bench.record docs $(ARGS)
 
 dist: $(VENV)/.dev  ## Build and check wheel and sdist of every distribution into dist/
 	rm -rf dist

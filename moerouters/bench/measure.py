@@ -37,7 +37,7 @@ _SUBJECTS = {
     "dispatch": dispatch_cases,
     "balance": balance_cases,
 }
-_HEAVY = ("torch.profiler", "transformers.models.qwen3_moe.modeling_qwen3_moe")
+_QWEN = "transformers.models.qwen3_moe.modeling_qwen3_moe"
 Rows = tuple[list[Row], list[Skipped]]
 Tell = Callable[[str], None]
 """Where progress goes."""
@@ -78,9 +78,9 @@ def _measure_case(case: Case, allocator: str, tell: Tell) -> Rows:
 
 def measure_memory(request: Request, *, tell: Tell = print) -> dict[str, float]:
     """The peak in MiB of every implementation, by index of its case and name. This process must not have computed."""
-    for module in _HEAVY:
+    if request.subject == "layer":
         with suppress(ImportError):
-            import_module(module)  # once here, and not in every process that is forked
+            import_module(_QWEN)  # 4 s, once here and not in every process that is forked
     found = {}
     for index, case in enumerate(cases_of(request)):
         tell(f"{case.label}: peak memory")

@@ -26,7 +26,7 @@ def draw(rows: Sequence[Row], images: Path, *, name: str, source: bytes) -> list
     grown = [row for row in rows if row.grows]
     drawn = []
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "moerouters"}):
-        for part, shown, make in (("layer", layers, _bars), ("growth", grown, _growth)):
+        for part, shown, make in (("layer", layers, _ratios), ("growth", grown, _growth)):
             if shown:
                 path = images / f"bench-{name}-{part}.svg"
                 images.mkdir(parents=True, exist_ok=True)
@@ -36,59 +36,71 @@ def draw(rows: Sequence[Row], images: Path, *, name: str, source: bytes) -> list
     return drawn
 
 
-def _bars(rows: Sequence[Row]) -> Figure:
-    """Time over the dense MLP of the same FLOPs, one panel a shape, one colour an allocator setting."""
+def _ratios(rows: Sequence[Row]) -> Figure:
+    """Time over the dense MLP of the same FLOPs, with its interval; one panel a shape, one mark an allocator."""
     shapes = list(dict.fromkeys((row.shape, row.dtype) for row in rows))
     allocators = list(dict.fromkeys(row.allocator for row in rows))
     figure, panels = _figure(len(shapes), height=3.6)
     for axes, (shape, dtype) in zip(panels, shapes, strict=True):
         here = [row for row in rows if (row.shape, row.dtype) == (shape, dtype) and "dense_mlp" in row.over]
         impls = [name for name in dict.fromkeys(row.impl for row in here) if not name.startswith("dense")]
-        for place, allocator in enumerate(allocators):
-            bars = {row.impl: row.over["dense_mlp"] for row in here if row.allocator == allocator}
-            height = 0.8 / len(allocators)
-            shown = [name for name in impls if name in bars]
-            axes.barh(
-                [impls.index(name) + place * height for name in shown],
-                [bars[name].value for name in shown],
+        for index, allocator in enumerate(allocators):
+            shown = [row for row in here if row.allocator == allocator and row.impl in impls]
+            ratios = [row.over["dense_mlp"] for row in shown]
+            axes.errorbar(
+                [ratio.value for ratio in ratios],
+                [impls.index(row.impl) + 0.2 * index for row in shown],
                 xerr=[
-                    [max(bars[name].value - bars[name].low, 0) for name in shown],
-                    [max(bars[name].high - bars[name].value, 0) for name in shown],
+                    [max(ratio.value - ratio.low, 0) for ratio in ratios],
+                    [max(ratio.high - ratio.value, 0) for ratio in ratios],
                 ],
-                height=height,
-                color=COLOURS[place],
+                linestyle="",
+                marker=_MARKS[index],
+                markersize=5,
+                color=COLOURS[index],
                 label=f"allocator {allocator}",
             )
-        axes.set_yticks([index + 0.4 - 0.4 / len(allocators) for index in range(len(impls))], impls)
+        axes.set_yticks(range(len(impls)), impls)
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_title(f"{shape}, {dtype}")
-        axes.set_xlabel("time over a dense MLP of the same FLOPs")
+        axes.set(title=f"{shape}, {dtype}", xlabel="time over a dense MLP of the same FLOPs")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 
 
 def _growth(rows: Sequence[Row]) -> Figure:
-    """Milliseconds against T, E and K, both on log scales; a grey line grows linearly."""
+    """Milliseconds against T, E and K on log scales, one line an implementation and allocator; dots grow linearly."""
     letters = list(dict.fromkeys(row.grows for row in rows))
     impls = list(dict.fromkeys(row.impl for row in rows))
+    allocators = list(dict.fromkeys(row.allocator for row in rows))
     figure, panels = _figure(len(letters), height=3.8)
     for axes, letter in zip(panels, letters, strict=True):
         here = [row for row in rows if row.grows == letter]
         for index, impl in enumerate(impls):
-            line = sorted((row.sizes[letter], row.median_ms) for row in here if row.impl == impl)
-            axes.plot(*zip(*line, strict=True), marker=_MARKS[index % len(_MARKS)], markersize=4,
-                      color=COLOURS[index % len(COLOURS)], label=impl)  # fmt: skip
-        first = min(row.sizes[letter] for row in here)
-        last = max(row.sizes[letter] for row in here)
-        base = min(row.median_ms for row in here if row.sizes[letter] == first)
-        axes.plot([first, last], [base, base * last / first], color="#999999", linestyle=":", label="linear")
+            for style, allocator in zip(("-", "--"), allocators, strict=False):
+                shown = [row for row in here if (row.impl, row.allocator) == (impl, allocator)]
+                line = sorted((row.sizes[letter], row.median_ms) for row in shown)
+                label = impl if allocator == "default" else f"{impl}, {allocator}"
+                axes.plot(
+                    *zip(*line, strict=True), linestyle=style, marker=_MARKS[index % len(_MARKS)], markersize=4,
+                    linewidth=1, color=COLOURS[index % len(COLOURS)], label=label,
+                )  # fmt: skip
+        sizes = sorted({row.sizes[letter] for row in here})
+        base = min(row.median_ms for row in here if row.sizes[letter] == sizes[0])
+        ends = [base, base * sizes[-1] / sizes[0]]
+        axes.plot([sizes[0], sizes[-1]], ends, color="#999999", linestyle=":", label="linear")
         fixed = ", ".join(f"{name} {size}" for name, size in here[0].sizes.items() if name not in (letter, "layers"))
-        axes.set(xscale="log", yscale="log", xlabel=letter, ylabel="ms", title=fixed)
-        axes.title.set_fontsize(9)
+        axes.set(xscale="log", yscale="log", xlabel=letter, ylabel="ms")
+        axes.set_title(fixed, fontsize=9)
+        axes.set_xticks(sizes, [_short(size) for size in sizes])
+        axes.minorticks_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5)
     return figure
+
+
+def _short(size: int) -> str:
+    return f"{size // 1024}k" if size >= 1024 else str(size)
 
 
 def _figure(panels: int, *, height: float) -> tuple[Figure, Sequence[Axes]]:

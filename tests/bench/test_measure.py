@@ -57,7 +57,7 @@ def test_kept_workspaces_count_and_what_was_there_does_not() -> None:
     assert peak_mib(run, before.device) == pytest.approx(5, abs=0.01)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_process_of_its_own(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense MLP's peak follows from its sizes: six tensors [T, K F] with what backward makes of them, at least."""
     monkeypatch.setattr(memory.multiprocessing, "get_all_start_methods", lambda: [method])
