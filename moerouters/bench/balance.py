@@ -93,7 +93,14 @@ class DualCase(Case):
     def _scores(self) -> Tensor:
         return torch.softmax(normal(self.shape.T, self.shape.E, device=self.device), dim=-1)
 
+    def _expect_ranks(self) -> None:
+        """Raise Unavailable where an order statistic of `plain_dual` would lie outside the tokens."""
+        T, E, K = self.shape.T, self.shape.E, self.shape.K
+        if K >= E or not 1 <= (2 * T * K + E) // (2 * E) < T:
+            raise Unavailable("too few tokens, or K = E: there is nothing to solve")
+
     def _plain(self) -> Run:
+        self._expect_ranks()
         return partial(plain_dual, self._scores(), top_k=self.shape.K, iterations=ITERATIONS)
 
     def _plugin(self) -> Run:
@@ -101,6 +108,7 @@ class DualCase(Case):
             solve_dual = import_module("moerouters_bip.dual").solve_dual
         except ModuleNotFoundError as error:
             raise Unavailable("moerouters-bip is not installed") from error
+        self._expect_ranks()
         scores_TE = self._scores()
         start_E = torch.zeros(self.shape.E, device=self.device)
 

@@ -52,9 +52,15 @@ class DispatchCase(Case):
 
     @property
     def _bytes(self) -> int:
-        """What must be read and written at least; a plan: ids read, order, its inverse and sorted ids written."""
-        rows = (self.shape.T + self.shape.N) * self.shape.D * self.request.torch_dtype.itemsize
-        return {PLAN: 32 * self.shape.N, DISPATCH: rows, COMBINE: rows, BOTH: 4 * rows}[self.passes]
+        """What must be read and written at least; sums over a token's rows are float32.
+
+        A plan: ids read, order, its inverse and sorted ids written. Backward of a combination reads rows once more, for
+        the gradient of the weights.
+        """
+        row = self.shape.D * self.request.torch_dtype.itemsize
+        tokens, rows, sums = self.shape.T * row, self.shape.N * row, 4 * self.shape.T * self.shape.D
+        both = 2 * (tokens + rows) + (rows + sums) + (sums + 2 * rows)
+        return {PLAN: 32 * self.shape.N, DISPATCH: tokens + rows, COMBINE: rows + sums, BOTH: both}[self.passes]
 
     @cached_property
     def _assignment(self) -> Assignment:
@@ -85,8 +91,8 @@ class DispatchCase(Case):
         capacity = int(self._assignment.load_E.max()) if name == "padded" else None
         plan = make_plan(self._assignment, capacity=capacity)
         x_TD = normal(shape.T, shape.D, device=self.device, dtype=dtype).requires_grad_(self.passes == BOTH)
-        grad_TD = normal(shape.T, shape.D, device=self.device, dtype=dtype, seed=2)
-        weights_TK = self._assignment.weights.detach().to(dtype).requires_grad_(self.passes == BOTH)
+        grad_TD = normal(shape.T, shape.D, device=self.device, seed=2)
+        weights_TK = self._assignment.weights.detach().requires_grad_(self.passes == BOTH)
         try:
             dispatcher = LocalDispatcher() if name == "local" else built_in(name, Site(_world(), backend=name))
             return self._run(dispatcher, plan, x_TD, weights_TK, grad_TD)

@@ -72,6 +72,8 @@ def _measure_case(case: Case, allocator: str, tell: Tell) -> Rows:
             skipped.append(Skipped(shape=case.shape.name, impl=name, why=str(error)))
     tell(f"{case.label}, {case.dtype}, {allocator} allocator: {', '.join(runs)}")
     gc.collect()
+    if not runs:
+        return [], skipped
     samples = take_rounds(runs, wait=_waiting(request, case), rounds=request.rounds, agree=_agreeing(request))
     return [_row(case, name, samples, allocator) for name in samples], skipped
 

@@ -110,6 +110,19 @@ def test_the_dense_mlp_is_the_faster_of_two() -> None:
     assert over["gemm"].value == 4.0
 
 
+def test_a_library_that_breaks_is_skipped_and_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(shape: Shape, weights: Weights) -> peers.Layer:
+        raise RuntimeError("no kernel image\nand more")
+
+    case = LayerCase(request_of(), SHAPE, BOTH)
+    monkeypatch.setitem(MAKERS, "scattermoe", broken)
+    with pytest.raises(Unavailable, match=r"RuntimeError: no kernel image$"):
+        case.builds()["scattermoe"]()
+    monkeypatch.setitem(MAKERS, "moerouters", broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        case.builds()["moerouters"]()
+
+
 def test_growing_series_time_the_step_alone() -> None:
     shapes = growing("E", device="cpu", most=16)
     assert [(shape.E, shape.grows) for shape in shapes] == [(8, "E"), (16, "E")]

@@ -70,13 +70,34 @@ def test_a_process_of_its_own(method: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert peak_apart(request, 1, "tutel") is None
 
 
-def test_children_with_an_allocator_each(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_child_for_memory_and_one_for_time(capfd: pytest.CaptureFixture[str]) -> None:
     request = make_request("router", shapes=TINY, impl="topk", rounds=3, threads=1)
-    found, skipped = measure.measure_apart(request, ("default", "tuned"))
+    found, skipped = measure.measure_apart(request, ("tuned",))
     assert not skipped
-    assert {row.allocator for row in found} == {"default", "tuned"}
+    assert {row.allocator for row in found} == {"tuned"}
     assert all(row.peak_mib is not None for row in found)
     assert "forward+backward: peak memory" in capfd.readouterr().err
+
+
+def test_each_child_has_its_allocator_and_no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            seen.append({name: value for name, value in env.items() if name.startswith(("MALLOC_", "OMP_"))})
+            Path(command[3]).with_suffix(".answer").write_text('{"rows": [], "skipped": []}')
+
+        def wait(self) -> int:
+            return 0
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(measure.subprocess, "Popen", Child)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    measure.measure_apart(make_request("router", shapes=TINY, threads=3, memory=False), ("default", "tuned"))
+    assert seen == [{"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3", **measure.ALLOCATORS["tuned"]}]
+    assert measure.ALLOCATORS["tuned"]
 
 
 @pytest.mark.dist

@@ -120,8 +120,20 @@ def test_a_dual_with_other_bits_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
         DualCase(request_of("balance"), SHAPE).builds()["bip"]()
 
 
-def test_a_router_that_cannot_run_is_skipped_with_its_reason() -> None:
-    """No router for these experts: K = E leaves bip nothing to choose, a single expert none of them."""
-    shape = Shape(name="s", T=4, E=2, K=2)
-    rows, _ = measure(request_of("router", shapes=(shape,)), allocator="default", tell=lambda text: None)
-    assert {"topk", "softmax_topk"} <= {row.impl for row in rows}
+@pytest.mark.parametrize("shape", [Shape(name="s", T=4, E=2, K=2), Shape(name="s", T=4, E=8, K=7)])
+def test_where_there_is_nothing_to_solve(shape: Shape) -> None:
+    request = request_of("balance", shapes=(shape.model_copy(update={"gate_only": True}),))
+    rows, skipped = measure(request, allocator="default", tell=lambda text: None)
+    assert not rows
+    assert {entry.impl for entry in skipped} == {"topk_kthvalue", "bip"}
+    assert all("nothing to solve" in entry.why for entry in skipped)
+
+
+def test_dispatch_in_bf16_sums_in_float32() -> None:
+    request = request_of("dispatch", dtype="bfloat16")
+    cases = {case.passes: case for case in dispatch_cases(request)}
+    y_TD = cases["combine"].builds()["local"]()()
+    assert isinstance(y_TD, torch.Tensor)
+    assert y_TD.dtype == torch.float32
+    assert cases["combine"].values("copy", 1.0) == {"tb_per_s": (2 * SHAPE.N + 4 * SHAPE.T) * SHAPE.D / 1e12}
+    cases[BOTH].builds()["local"]()()
