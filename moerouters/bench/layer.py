@@ -50,8 +50,8 @@ def layer_cases(request: Request) -> Iterator[Case]:
 class LayerCase(Case):
     """`shape.layers` layers in a row with residual connections, all live before backward.
 
-    Forward alone is in eval mode, without gradients. Backward reaches weights and input; gradients are let go at the end
-    of each run, which counts.
+    Forward alone is in eval mode, without gradients. Backward reaches weights and input; gradients are let go at the
+    end of each run, which counts.
     """
 
     baselines = ("gemm", "dense_rows", "dense_wide", "moerouters")
