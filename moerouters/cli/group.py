@@ -16,7 +16,7 @@ COMMANDS = {
     "inspect": "Show the routers of a model, and whether they can be swapped.",
     "trace": "Record the router logits of a model on a text.",
     "replay": "Compare routers on recorded logits, without the model.",
-    "bench": "Time layers, routers, dispatchers and balancers against their peers.",
+    "bench": "Time layers, routers, dispatchers and balancers.",
     "plugins": "List the installed routers without importing them.",
     "info": "Show what one router promises, and its settings.",
     "new": "Write a router plugin that installs and passes the suite.",
