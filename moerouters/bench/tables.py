@@ -61,9 +61,18 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [row.impl, f"{row.median_ms:.4g}", *over, *rates, *peak]
 
 
+def aligned(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need: a narrow terminal wraps lines and cuts no number."""
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (titles, *lines)
+    )
+
+
 def spread(ratio: Ratio) -> str:
     """`1.05 (1.02-1.09)`."""
-    return f"{_short(ratio.value)} ({_short(ratio.low)} - {_short(ratio.high)})"
+    return f"{_short(ratio.value)} ({_short(ratio.low)}-{_short(ratio.high)})"
 
 
 def verdict_cells(verdict: Verdict) -> list[str]:

@@ -80,18 +80,18 @@ def bench(
 def _report(request: Request, *, allocator: str, json: Path | None, keep: Path | None, note: str) -> None:
     from moerouters.bench.job import allocators_of, run
     from moerouters.bench.rows import lines
-    from moerouters.bench.tables import VERDICT_COLUMNS, cells, columns, groups, verdict_cells
+    from moerouters.bench.tables import VERDICT_COLUMNS, aligned, cells, columns, groups, verdict_cells
     from moerouters.bench.targets import verdicts
 
     result = run(request, allocators=allocators_of(allocator, device=request.device), note=note)
     for group, rows in groups(result.rows).items():
-        print_table(columns(rows), [cells(row, rows) for row in rows], title=group.title)
+        typer.echo(f"{group.title}\n{aligned(columns(rows), [cells(row, rows) for row in rows])}\n")
     if result.skipped:
         skipped = [[entry.impl, entry.shape, entry.why] for entry in result.skipped]
-        print_table(["not timed", "shape", "why"], skipped)
+        typer.echo(aligned(["not timed", "shape", "why"], skipped) + "\n")
     judged = verdicts(result.rows, kind=request.device)
     if judged:
-        print_table(VERDICT_COLUMNS, [verdict_cells(verdict) for verdict in judged], title="Goals, misses first")
+        typer.echo(f"Goals, misses first\n{aligned(VERDICT_COLUMNS, [verdict_cells(v) for v in judged])}\n")
     versions = ", ".join(f"{name} {version}" for name, version in result.run.versions.items())
     typer.echo(
         f"{result.run.device}, threads: {result.run.threads}; {versions}; commit {result.run.commit or 'unknown'}. "

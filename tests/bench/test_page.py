@@ -12,6 +12,7 @@ from moerouters.bench.measure import cases_of
 from moerouters.bench.page import growth_power, load, rendered_log, rendered_page
 from moerouters.bench.rows import Row
 from moerouters.bench.shapes import SHAPES
+from moerouters.bench.tables import aligned
 from moerouters.bench.targets import TARGETS, Target, verdicts
 from moerouters.lab.showcase import fingerprint
 
@@ -117,6 +118,11 @@ def test_misses_come_first_and_rates_have_their_interval() -> None:
     assert [verdict.reached for verdict in verdicts([good, fast], kind="cuda")] == ["just"]
     missed = row_for(PEER, low=0.1, high=0.2)
     assert [verdict.reached for verdict in verdicts([good, missed], kind="cpu")] == ["no", "yes"]
+
+
+def test_no_cell_is_cut() -> None:
+    told = aligned(["impl", "over gemm"], [["a-rather-long-name", "1.05 (1.02-1.09)"], ["b", ""]])
+    assert told.splitlines() == ["impl                over gemm", "a-rather-long-name  1.05 (1.02-1.09)", "b"]
 
 
 def test_powers() -> None:
