@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
-from moerouters.kernels.counts import count_experts
+from moerouters.kernels.counting_sort import counting_sort
 from moerouters.types import Assignment
 
 
@@ -50,8 +49,7 @@ class DispatchPlan:
 def make_plan(assignment: Assignment, *, capacity: int | None = None) -> DispatchPlan:
     """Order the pairs of an assignment by expert. `capacity` is what its experts were limited to, if they were."""
     token_ids_N, expert_ids_N, _ = assignment.pairs()
-    order_N = torch.sort(expert_ids_N, stable=True).indices
-    inverse_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
+    pairs = counting_sort(expert_ids_N, assignment.num_experts)
     by_slot = assignment.kind is not AssignmentKind.PAIRS
     return DispatchPlan(
         num_tokens=assignment.num_tokens,
@@ -60,7 +58,7 @@ def make_plan(assignment: Assignment, *, capacity: int | None = None) -> Dispatc
         capacity=capacity,
         token_ids_N=token_ids_N,
         expert_ids_N=expert_ids_N,
-        order_N=order_N,
-        inverse_N=inverse_N,
-        kept_load_E=count_experts(expert_ids_N, assignment.num_experts),
+        order_N=pairs.order_N,
+        inverse_N=pairs.inverse_N,
+        kept_load_E=pairs.load_E,
     )
