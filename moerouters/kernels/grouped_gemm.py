@@ -52,9 +52,9 @@ def grouped_mlp_triton(
     activation: Activation = "swiglu",
 ) -> Tensor:
     """`grouped_mlp` in Triton: float32, bfloat16 and float16, on a GPU or under Triton's interpreter."""
-    slots = weights_TK.shape[1]
-    gated = activation == "swiglu"
-    y_TD, _ = _grouped_mlp(x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK, slots, gated)
+    slots, gated, keep_h = weights_TK.shape[1], activation == "swiglu", torch.is_grad_enabled()
+    routed = (x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK)
+    y_TD: Tensor = _grouped_mlp(*routed, slots, gated, keep_h)[0]
     return y_TD
 
 
@@ -62,7 +62,8 @@ def grouped_rows_triton(
     x_RD: Tensor, up_eHD: Tensor, down_eDF: Tensor, load_e: Tensor, *, activation: Activation = "swiglu"
 ) -> Tensor:
     """y_RD of rows that already stand by expert; rows past load_e.sum() give zeros, whatever they hold."""
-    y_RD, _ = _grouped_mlp(x_RD, up_eHD, down_eDF, load_e, None, None, None, 1, activation == "swiglu")
+    gated, keep_h = activation == "swiglu", torch.is_grad_enabled()
+    y_RD: Tensor = _grouped_mlp(x_RD, up_eHD, down_eDF, load_e, None, None, None, 1, gated, keep_h)[0]
     return y_RD
 
 
@@ -106,14 +107,15 @@ def _grouped_mlp(
     weights_TK: Tensor | None,
     slots: int,
     gated: bool,
+    keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, h_RH). Without an order, rows are x's own and y is theirs."""
+    """(y, h_RH; the second empty unless it is kept). Without an order, rows are x's own and y is theirs."""
     from moerouters.kernels.gpu import grouped_mlp, permute
 
     x_TD = _rows_in_one_piece(x_TD)
     num_rows = x_TD.shape[0] if order_N is None else order_N.numel()
     tiles = grouped_mlp.map_rows(load_e, num_rows, x_TD.dtype)
-    h_RH, a_RF = grouped_mlp.up_projection(x_TD, up_eHD, tiles, load_e, order_N, slots, gated=gated)
+    h_RH, a_RF = grouped_mlp.up_projection(x_TD, up_eHD, tiles, load_e, order_N, slots, gated=gated, keep_h=keep_h)
     y_RD = grouped_mlp.projection(a_RF, down_eDF, tiles, load_e)
     del a_RF
     return (y_RD if inverse_N is None else permute.combine(y_RD, inverse_N, slots, weights_TK)), h_RH
@@ -130,10 +132,11 @@ def _(
     weights_TK: Tensor | None,
     slots: int,
     gated: bool,
+    keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     num_rows = x_TD.shape[0] if order_N is None else order_N.shape[0]
     like = x_TD if weights_TK is None else weights_TK
-    return like.new_empty(x_TD.shape), x_TD.new_empty(num_rows, up_eHD.shape[1])
+    return like.new_empty(x_TD.shape), x_TD.new_empty(num_rows if keep_h else 0, up_eHD.shape[1])
 
 
 @torch.library.custom_op("moerouters::grouped_mlp_hidden_gradient", mutates_args=())
@@ -219,7 +222,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK, ctx.slots, ctx.gated = inputs
+    x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK, ctx.slots, ctx.gated, _ = inputs
     ctx.save_for_backward(x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK, output[1])
     ctx.set_materialize_grads(False)  # nobody differentiates h
 
@@ -241,7 +244,7 @@ def _backward(ctx: Any, slope_TD: Tensor | None, _: Tensor | None) -> tuple[Tens
             dup_eHD = _weight_gradient(dh_RH, None, x_TD, order_N, load_e, ctx.slots)
         if wants_x:
             dx_TD = _input_gradient(dh_RH, up_eHD, load_e, inverse_N, ctx.slots)
-    return dx_TD, dup_eHD, ddown_eDF, None, None, None, None if weights_TK is None else dweights_TK, None, None
+    return dx_TD, dup_eHD, ddown_eDF, None, None, None, None if weights_TK is None else dweights_TK, *[None] * 3
 
 
 _grouped_mlp.register_autograd(_backward, setup_context=_keep)

@@ -64,16 +64,16 @@ Role = Literal["up", "rows", "hidden", "weight"]
 # Reasoned from registers and shared memory, which are known ahead of time (docs/benchmarks/kernels.json); not measured.
 # On Hopper and Blackwell two accumulators of 128 x 128 in eight warps take 128 registers a thread, and a stage of
 # 128 x 64 values of rows and 256 x 64 of weights 48 KB of shared memory. `hidden` has an epilogue of six tiles: on
-# Hopper it gets sixteen warps, on Blackwell, where sixteen would leave its matrix unit, half the columns. Sums over
-# gathered rows load indices ahead of values, which takes half of the stages.
+# Hopper it gets sixteen warps and shorter steps, on Ampere and on Blackwell (whose matrix unit takes no sixteen warps)
+# half the columns. Sums over gathered rows load indices ahead of values, which takes half of the stages.
 _SIXTEEN_BIT: dict[tuple[Arch, Role], Blocks] = {
     ("sm_80", "up"): Blocks(128, 64, 64, warps=8, stages=4),
     ("sm_80", "rows"): Blocks(128, 128, 64, warps=8, stages=4),
-    ("sm_80", "hidden"): Blocks(128, 128, 64, warps=8, stages=3),
+    ("sm_80", "hidden"): Blocks(128, 64, 64, warps=8, stages=4),
     ("sm_80", "weight"): Blocks(128, 128, 32, warps=8, stages=5),
     ("sm_90", "up"): Blocks(128, 128, 64, warps=8, stages=4),
     ("sm_90", "rows"): Blocks(128, 256, 64, warps=8, stages=4),
-    ("sm_90", "hidden"): Blocks(128, 128, 64, warps=16, stages=4),
+    ("sm_90", "hidden"): Blocks(128, 128, 32, warps=16, stages=4),
     ("sm_90", "weight"): Blocks(128, 256, 64, warps=8, stages=6),
     ("sm_100", "up"): Blocks(128, 128, 64, warps=8, stages=4),
     ("sm_100", "rows"): Blocks(128, 256, 64, warps=8, stages=4),

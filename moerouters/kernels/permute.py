@@ -17,14 +17,16 @@ from moerouters.kernels.launch import triton_serves
 def gather_rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, slots: int) -> Tensor:
     """[N, D]: row r is x_TD[order_N[r] // slots], N = T * slots; order_N int64, inverse_N its inverse."""
     if triton_serves(x_TD):
-        return _gather_rows(x_TD, order_N, inverse_N, slots)
+        rows_ND: Tensor = _gather_rows(x_TD, order_N, inverse_N, slots)
+        return rows_ND
     return gather_rows_torch(x_TD, order_N, inverse_N, slots)
 
 
 def combine_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor, weights_TK: Tensor) -> Tensor:
     """[T, D] in the weights' dtype: sum over k of weights_TK[t, k] * rows_ND[inverse_N[t * K + k]], in float32."""
     if triton_serves(rows_ND, weights_TK):
-        return _combine_rows(rows_ND, order_N, inverse_N, weights_TK)
+        y_TD: Tensor = _combine_rows(rows_ND, order_N, inverse_N, weights_TK)
+        return y_TD
     return combine_rows_torch(rows_ND, order_N, inverse_N, weights_TK)
 
 

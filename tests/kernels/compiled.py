@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -54,7 +55,7 @@ class Row(NamedTuple):
     registers: int
     """Per thread."""
     spills: int
-    """Bytes per thread that went to local memory and back (NVIDIA), or vector registers spilled (AMD)."""
+    """Bytes per thread that go to memory as registers ran out: stores and loads (NVIDIA), or room for them (AMD)."""
     shared_bytes: int
     matrix_unit: str
     """The instruction that multiplies tiles, if any."""
@@ -116,13 +117,17 @@ def nvidia_report(log: str) -> tuple[int, int]:
 
 
 def amd_report(assembly: str) -> tuple[int, int]:
-    """From the kernel's metadata: vector and accumulation registers together, and how many of them were spilled."""
-    counts = {name: int(count) for name, count in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
-    return counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
+    """From the kernel's metadata: vector and accumulation registers together, and bytes of memory private to a lane.
+
+    Spilled scalars are no cost of that kind: they go to lanes of a vector register.
+    """
+    counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+    return counts["vgpr_count"], counts["private_segment_fixed_size"]
 
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "interpreted kernels cannot be compiled"
+    sys.path.insert(0, str(HERE.parent))  # test files import what supports them from here, as under pytest
     parser = argparse.ArgumentParser(description="Compile kernels ahead of time.")
     parser.add_argument("only", nargs="?", default="", help="a part of the test file's name")
     parser.add_argument("--speed", choices=["fast", "slow"], help="the cases of the fast or of the slow tests alone")
@@ -130,15 +135,27 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     wanted = parser.parse_args()
     cases = [case for case in listed(wanted.only) if wanted.speed in (None, "slow" if case.slow else "fast")]
-    rows = []
     for row in compile_all(cases):
-        rows.append(row)
         print(json.dumps(row._asdict()) if wanted.json else line(row), flush=True)
-    if wanted.write:
-        import triton
+        if wanted.write:
+            write(row)
 
-        text = ",\n".join(json.dumps(kept(row)) for row in rows)
-        RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{text}\n]}}\n', encoding="utf-8")
+
+def write(row: Row) -> None:
+    """Put a row into the committed results, which lose what is no longer listed or came from another triton."""
+    import triton
+
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"triton": ""}
+    rows = [*(old["rows"] if old["triton"] == triton.__version__ else []), kept(row)]
+    found = {key(known): known for known in rows}
+    wanted = [(case.kernel.__name__, case.note, target) for case in listed() for target in case.targets]
+    text = ",\n".join(json.dumps(found[name]) for name in wanted if name in found)
+    RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{text}\n]}}\n', encoding="utf-8")
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What a row is found by."""
+    return row["kernel"], row["note"], row["target"]
 
 
 def kept(row: Row) -> dict[str, Any]:

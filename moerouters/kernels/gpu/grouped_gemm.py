@@ -49,7 +49,7 @@ def up_kernel(
     SLOTS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """h[r] = up[e] @ x[index[r] // SLOTS], and a[r] = silu(gate half of h[r]) * up half, or gelu(h[r])."""
+    """h[r] = up[e] @ x[index[r] // SLOTS], if wanted, and a[r] = silu(gate half of h[r]) * up half or gelu(h[r])."""
     width = 2 * F if GATED else F
     num_tiles = tl.load(counts_ptr)
     column_tiles = tl.cdiv(F, COLUMNS)
@@ -77,13 +77,13 @@ def up_kernel(
             x_ptrs += DEPTH
             gate_ptrs += DEPTH
         mask = live[:, None] & (columns < F)[None, :]
-        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
         # The activation of the rounded products, as the backward pass, which has only these, takes it again.
-        gate = gate.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptrs, gate, mask=mask)
-        if GATED:
-            up = up.to(h_ptr.dtype.element_ty)
-            tl.store(h_ptrs + F, up, mask=mask)
+        gate, up = gate.to(a_ptr.dtype.element_ty), up.to(a_ptr.dtype.element_ty)
+        if h_ptr is not None:
+            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+            tl.store(h_ptrs, gate, mask=mask)
+            if GATED:
+                tl.store(h_ptrs + F, up, mask=mask)
         a, _, _ = activate(gate.to(tl.float32), up.to(tl.float32), GATED)
         a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
         tl.store(a_ptrs, a.to(a_ptr.dtype.element_ty), mask=mask)

@@ -28,17 +28,19 @@ def map_rows(load_e: Tensor, num_rows: int, dtype: torch.dtype) -> TileMap:
 
 
 def up_projection(
-    x_TD: Tensor, up_eHD: Tensor, tiles: TileMap, load_e: Tensor, index_R: Tensor | None, slots: int, *, gated: bool
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, up_eHD: Tensor, tiles: TileMap, load_e: Tensor, index_R: Tensor | None, slots: int,
+    *, gated: bool, keep_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_RH = up @ x[index // slots], H = 2F if gated, and a_RF, its activation; unwritten in rows without an expert."""
     num_rows = x_TD.shape[0] if index_R is None else index_R.numel()
     width, depth = up_eHD.shape[1:]
     columns = width // 2 if gated else width
-    h_RH, a_RF = x_TD.new_empty(num_rows, width), x_TD.new_empty(num_rows, columns)
+    h_RH, a_RF = x_TD.new_empty(num_rows if keep_h else 0, width), x_TD.new_empty(num_rows, columns)
     blocks = _blocks("up", load_e, num_rows, x_TD.dtype)
     with launching_on(x_TD):
         up_kernel[_grid(tiles, columns, blocks)](
-            x_TD, index_R, up_eHD.contiguous(), h_RH, a_RF, tiles.tiles, tiles.counts, x_TD.stride(0), depth, columns,
+            x_TD, index_R, up_eHD.contiguous(), h_RH if keep_h else None, a_RF, tiles.tiles, tiles.counts,
+            x_TD.stride(0), depth, columns,
             SLOTS=slots, GATED=gated, **meta(blocks, x_TD.dtype, columns, depth),
         )  # fmt: skip
     return h_RH, a_RF
