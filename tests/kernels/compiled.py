@@ -65,7 +65,7 @@ class Row(NamedTuple):
 def listed(only: str = "") -> list[Case]:
     """What the test files of this folder list, or those with `only` in their name."""
     files = sorted(path.stem for path in HERE.glob("test_*.py") if path.stem != "test_compiled" and only in path.stem)
-    modules = [importlib.import_module(f"tests.kernels.{name}") for name in files]
+    modules = [importlib.import_module(f"{__package__}.{name}") for name in files]
     return [Case(*case) for module in modules for case in getattr(module, "COMPILED", [])]
 
 

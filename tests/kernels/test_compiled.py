@@ -13,6 +13,7 @@ import pytest
 from . import compiled
 from .compiled import RESULTS, SHARED_KB, Row, listed
 
+MODULE = "tests.kernels.compiled"
 ROOT = Path(__file__).parents[2]
 MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 GEMMS = {"up_kernel", "rows_kernel", "hidden_kernel", "weight_kernel"}
@@ -21,7 +22,7 @@ GEMMS = {"up_kernel", "rows_kernel", "hidden_kernel", "weight_kernel"}
 def compile_in_a_process(speed: str) -> list[Row]:
     """Without TRITON_INTERPRET, which this process was started with."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", compiled.__name__, "--speed", speed, "--json"]
+    command = [sys.executable, "-m", MODULE, "--speed", speed, "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [Row(**json.loads(line)) for line in done.stdout.splitlines()]
@@ -47,7 +48,7 @@ def test_kernels_compile_spill_nothing_and_fit(speed: str) -> None:
         measured = [compiled.kept(row) for row in rows]
         names = {compiled.key(row) for row in measured}
         committed = [row for row in kept["rows"] if compiled.key(row) in names]
-        assert committed == measured, f"stale: python -m {compiled.__name__} --speed {speed} --write"
+        assert committed == measured, f"stale: python -m {MODULE} --speed {speed} --write"
 
 
 def test_every_kernel_is_listed() -> None:
