@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moerouters.kernels.counts import count_experts
-from moerouters.kernels.order_statistic import LOWEST, triton_serves
+from moerouters.kernels.launch import triton_serves
+from moerouters.kernels.order_statistic import LOWEST
 
 Array = npt.NDArray[Any]
 
@@ -50,7 +51,7 @@ def bin_counts(values_ET: Tensor, centre_E: Tensor, *, finest: int, widest: int)
 def _bin_counts(values_ET: Tensor, centre_E: Tensor, finest: int, widest: int) -> Tensor:
     if values_ET.device.type == "cpu":
         return _bin_counts_numpy(values_ET, centre_E, finest, widest)
-    if triton_serves(values_ET) and values_ET.numel():
+    if triton_serves(values_ET, only=torch.float32) and values_ET.numel():
         from moerouters.kernels.gpu.bins import bin_counts as on_gpu
 
         counts: Tensor = on_gpu(values_ET, centre_E, finest, widest)

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moerouters.kernels.order_statistic import AT_ONCE, LOWEST, falling_in_place, triton_serves
-from moerouters.kernels.scratch import scratch
+from moerouters.kernels.launch import triton_serves
+from moerouters.kernels.order_statistic import AT_ONCE, LOWEST, falling_in_place
 from moerouters.kernels.selection_network import token_cutoffs, work_size
+from moerouters.kernels.workspace import borrowed
 
 Array = npt.NDArray[Any]
 
@@ -50,7 +51,7 @@ def _dual_update(
 ) -> Tensor:
     if scores_TE.device.type == "cpu" and scores_TE.dtype in (torch.float32, torch.float64):
         return _dual_update_numpy(scores_TE, dual_E, valid_T, top_k, iterations, centred)
-    if triton_serves(scores_TE):
+    if triton_serves(scores_TE, only=torch.float32):
         from moerouters.kernels.gpu.dual import dual_update as on_gpu
 
         return on_gpu(scores_TE, dual_E, valid_T, top_k, iterations, centred)
@@ -107,10 +108,12 @@ def _dual_update_numpy(
     T, E = scores_TE.shape
     q_E = dual_E.numpy().copy()
     at_once = min(E, max(1, AT_ONCE // max(T, 1)))
-    s_ET, bids, work = scratch(q_E.dtype, (E, T), (at_once, T), (work_size(E, T, top_k),))
-    torch.from_numpy(s_ET).copy_(scores_TE.t())
-    kind = s_ET.dtype.type
-    with np.errstate(all="ignore"):  # huge scores overflow to infinity as they do in torch
+    kind = q_E.dtype.type
+    shapes = [((E, T), scores_TE.dtype), ((at_once, T), scores_TE.dtype), ((work_size(E, T, top_k),), scores_TE.dtype)]
+    # Huge scores overflow to infinity as they do in torch.
+    with borrowed(shapes) as buffers, np.errstate(all="ignore"):
+        buffers[0].copy_(scores_TE.t())
+        s_ET, bids, work = (buffer.numpy() for buffer in buffers)
         for _ in range(iterations):
             upper_T, lower_T = token_cutoffs(s_ET, q_E, top_k, work)
             counted_T = lower_T > LOWEST

@@ -1,12 +1,11 @@
 """Gating in one operator: score, bias, groups, top-k, weights, renormalise, scale and counts, from logits.
 
-A GPU takes one kernel forward and one backward (`gating_triton`). A CPU goes through the reference a few thousand rows
+A GPU takes one kernel forward and one backward (`gpu/gating.py`). A CPU goes through the reference a few thousand rows
 at a time: what it writes in between stays in cache, and its bits are those of the reference on all rows.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moerouters.kernels.counts import count_experts
+from moerouters.kernels.launch import triton_serves
 from moerouters.kernels.topk import topk_lowest_id
 
 CHUNK = 1 << 20
 """Logits of one chunk on a CPU: 4 MiB in float32."""
-HAS_TRITON = find_spec("triton") is not None
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32
 """What the Triton kernel holds in registers, and passes it is unrolled to."""
 
@@ -199,7 +198,7 @@ def kernel_fits(logits_TE: Tensor, rule: Rule) -> bool:
     """Whether the Triton kernel routes such logits; else the reference is what a GPU has."""
     narrow = logits_TE.dtype in (torch.float16, torch.bfloat16, torch.float32)
     small = logits_TE.shape[1] <= MOST_EXPERTS and rule.top_k <= MOST_CHOSEN
-    return logits_TE.device.type == "cuda" and narrow and small and HAS_TRITON
+    return narrow and small and triton_serves(logits_TE)
 
 
 @torch.library.custom_op("moerouters::fused_gating", mutates_args=())
@@ -210,7 +209,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rule = Rule(score, top_k, num_groups, kept_groups, group_score, softmax_after_topk, renormalize, eps, scale)
     if kernel_fits(logits_TE, rule):
-        from moerouters.kernels.gating_triton import gating_forward
+        from moerouters.kernels.gpu.gating import gating_forward
 
         return gating_forward(logits_TE, rule, correction_E=correction_E, bias_E=bias_E, valid_T=valid_T, cutoff=cutoff)
     outputs = _empty_outputs(logits_TE, top_k, cutoff)
@@ -342,7 +341,7 @@ def _fused_backward(
 ) -> Tensor:  # fmt: skip
     rule = Rule(score, top_k, num_groups, kept_groups, group_score, softmax_after_topk, renormalize, eps, scale)
     if kernel_fits(logits_TE, rule):
-        from moerouters.kernels.gating_triton import gating_backward
+        from moerouters.kernels.gpu.gating import gating_backward
 
         return gating_backward(
             grad_weights_TK, logits_TE, rule, expert_ids_TK=expert_ids_TK, finite_T=finite_T, valid_T=valid_T

@@ -16,9 +16,12 @@ Arch = Literal["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"]
 """The nearest target that kernels are compiled ahead of time for; older or newer ones use its neighbour's blocks."""
 
 
-def triton_serves(*tensors: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors: all on a GPU, in a dtype that its matrix units know."""
-    return TRITON_INSTALLED and all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+def triton_serves(*tensors: Tensor, only: torch.dtype | None = None) -> bool:
+    """Whether Triton kernels take these tensors: all on a GPU; of one dtype, or of any that its matrix units know."""
+    if not TRITON_INSTALLED:
+        return False
+    fits = [tensor.dtype != torch.float64 if only is None else tensor.dtype == only for tensor in tensors]
+    return all(fits) and all(tensor.is_cuda for tensor in tensors)
 
 
 def arch_of(device: torch.device) -> Arch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moerouters.kernels.launch import triton_serves
+
 Array = npt.NDArray[Any]
 
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 LOWEST = -float("inf")
 AT_ONCE = 1 << 18
 """Values that one numpy call partitions: 1 MiB of float32."""
@@ -38,7 +38,7 @@ def _kth_largest_per_expert(
 ) -> Tensor:
     if values_TE.device.type == "cpu" and values_TE.dtype in (torch.float32, torch.float64):
         return _kth_largest_numpy(values_TE, rank, valid_T, count)
-    if triton_serves(values_TE) and values_TE.numel():
+    if triton_serves(values_TE, only=torch.float32) and values_TE.numel():
         from moerouters.kernels.gpu.order_statistic import kth_largest_per_expert as on_gpu
 
         return on_gpu(values_TE, rank, valid_T, count)
@@ -96,8 +96,3 @@ def falling_in_place(values_ET: Array, place: int, count: int) -> tuple[Array, A
         any_E[e] = falling.size > 0
         found[:, e] = [falling[min(at, falling.size - 1)] for at in places] if any_E[e] else 0
     return found, any_E
-
-
-def triton_serves(*tensors: Tensor) -> bool:
-    """Whether the Triton kernels of this package's order statistics take these tensors."""
-    return TRITON_INSTALLED and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors)

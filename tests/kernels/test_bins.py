@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).parent))
-
-from test_order_statistic import KINDS, values
 
 from moerouters.kernels.bins import (
     bin_counts,
@@ -26,6 +20,8 @@ from moerouters.kernels.bins import (
     sortable,
     unsortable,
 )
+
+from .test_order_statistic import KINDS, values
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 

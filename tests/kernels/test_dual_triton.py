@@ -1,36 +1,21 @@
-"""The Triton kernels of order statistics and dual steps against the torch references, interpreted where no GPU is.
-
-Run as a program with a target's name, without TRITON_INTERPRET, it compiles `COMPILED` and prints what the assembler
-says of spills.
-"""
+"""The Triton kernels of order statistics and dual steps against the torch references, interpreted where no GPU is."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-sys.path.append(str(Path(__file__).parent))
-
-from test_bins import COMPILED as BINS  # noqa: E402
-from test_dual import scores  # noqa: E402
-from test_order_statistic import KINDS, values  # noqa: E402
-
 from moerouters.kernels.dual import dual_update_torch  # noqa: E402
 from moerouters.kernels.gpu import dual, order_statistic  # noqa: E402
 from moerouters.kernels.order_statistic import kth_largest_per_expert, kth_largest_per_expert_torch  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+from .test_dual import scores  # noqa: E402
+from .test_order_statistic import KINDS, values  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 RANK = dict.fromkeys(("num_experts", "factor", "summand", "divisor"), "i32")
@@ -137,43 +122,3 @@ def test_large_shapes_without_a_host_synchronisation(T: int, E: int, K: int) -> 
     assert torch.equal(published_E, dual_update_torch(scores_TE, q_E, top_k=K, iterations=4, centred=False))
     expected_E = dual_update_torch(scores_TE, q_E, top_k=K, iterations=4, centred=True)
     torch.testing.assert_close(centred_E, expected_E, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100"))])
-def test_compiles_ahead_of_time_and_spills_nothing(target: str, tmp_path: Path) -> None:
-    assert re.findall(r"(\d+) bytes spill", compiled_for(target, tmp_path)) == ["0"] * 2 * len(COMPILED + BINS)
-
-
-@pytest.mark.slow
-def test_compiles_for_another_make(tmp_path: Path) -> None:
-    assert re.findall(r"gpr_spill_count: *(\d+)", compiled_for("gfx942", tmp_path)) == ["0"] * 2 * len(COMPILED + BINS)
-
-
-def compiled_for(target: str, cache: Path) -> str:
-    """In a process of its own: this one's kernels are interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, __file__, target]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def main(target: str) -> None:
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    knobs.nvidia.dump_ptxas_log = True
-    for kernel, signature, constexprs in COMPILED + BINS:
-        types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log):
-            binary = triton.compile(ASTSource(kernel, types, constexprs), target=gpu)
-        print(binary.asm["amdgcn"] if amd else log.getvalue())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

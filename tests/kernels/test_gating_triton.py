@@ -1,8 +1,5 @@
 """The Triton kernels of gating: their numbers (in the interpreter, where there is no GPU), and that they compile."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,7 +11,7 @@ from torch import Tensor
 from moerouters.kernels.gating import Rule, fused_gating_backward_torch, fused_gating_torch
 
 pytest.importorskip("triton")
-from moerouters.kernels import gating_triton
+from moerouters.kernels.gpu import gating as gpu
 
 pytestmark = [
     # numpy's word for what a GPU does in silence: infinity minus infinity, exp of something large.
@@ -37,15 +34,15 @@ def forward_constants(E: int, K: int, rule: Rule, *, everything: bool) -> dict[s
         "E": E, "K": K, "G": rule.num_groups, "KEPT": rule.kept_groups, "SCORE": rule.score,
         "TOP2": rule.group_score == "top2_sum", "AFTER": rule.softmax_after_topk, "RENORMALIZE": rule.renormalize,
         "CUTOFF": everything, "CORRECTED": everything, "BIASED": everything, "PADDED": everything,
-        "GP": gating_triton.triton.next_power_of_2(rule.num_groups), "TILES": gating_triton.TILES,
-    } | gating_triton._sizes(E, K, None, grouped=rule.kept_groups < rule.num_groups)  # fmt: skip
+        "GP": gpu.triton.next_power_of_2(rule.num_groups), "TILES": gpu.TILES,
+    } | gpu._sizes(E, K, None, grouped=rule.kept_groups < rule.num_groups)  # fmt: skip
 
 
 def backward_constants(E: int, K: int, rule: Rule, *, everything: bool) -> dict[str, Any]:
     return {
         "E": E, "K": K, "SCORE": rule.score, "AFTER": rule.softmax_after_topk, "RENORMALIZE": rule.renormalize,
         "PADDED": everything,
-    } | gating_triton._sizes(E, K, None)  # fmt: skip
+    } | gpu._sizes(E, K, None)  # fmt: skip
 
 
 OLMOE, DEEPSEEK, GPT_OSS = (
@@ -62,14 +59,14 @@ def narrow(signature: dict[str, str]) -> dict[str, str]:
 
 
 COMPILED = [
-    (gating_triton._gating_forward, SIGNATURE_FORWARD, forward_constants(64, 8, OLMOE, everything=False)),
-    (gating_triton._gating_forward, SIGNATURE_FORWARD, forward_constants(256, 8, DEEPSEEK, everything=True)),
-    (gating_triton._gating_forward, narrow(SIGNATURE_FORWARD), forward_constants(32, 4, GPT_OSS, everything=False)),
-    (gating_triton._gating_forward, SIGNATURE_FORWARD, forward_constants(60, 6, SQRTSOFTPLUS, everything=True)),
-    (gating_triton._gating_backward, SIGNATURE_BACKWARD, backward_constants(64, 8, OLMOE, everything=False)),
-    (gating_triton._gating_backward, SIGNATURE_BACKWARD, backward_constants(256, 8, DEEPSEEK, everything=True)),
-    (gating_triton._gating_backward, narrow(SIGNATURE_BACKWARD), backward_constants(32, 4, GPT_OSS, everything=False)),
-    (gating_triton._gating_backward, SIGNATURE_BACKWARD, backward_constants(60, 6, SQRTSOFTPLUS, everything=True)),
+    (gpu.gating_forward_kernel, SIGNATURE_FORWARD, forward_constants(64, 8, OLMOE, everything=False)),
+    (gpu.gating_forward_kernel, SIGNATURE_FORWARD, forward_constants(256, 8, DEEPSEEK, everything=True)),
+    (gpu.gating_forward_kernel, narrow(SIGNATURE_FORWARD), forward_constants(32, 4, GPT_OSS, everything=False)),
+    (gpu.gating_forward_kernel, SIGNATURE_FORWARD, forward_constants(60, 6, SQRTSOFTPLUS, everything=True)),
+    (gpu.gating_backward_kernel, SIGNATURE_BACKWARD, backward_constants(64, 8, OLMOE, everything=False)),
+    (gpu.gating_backward_kernel, SIGNATURE_BACKWARD, backward_constants(256, 8, DEEPSEEK, everything=True)),
+    (gpu.gating_backward_kernel, narrow(SIGNATURE_BACKWARD), backward_constants(32, 4, GPT_OSS, everything=False)),
+    (gpu.gating_backward_kernel, SIGNATURE_BACKWARD, backward_constants(60, 6, SQRTSOFTPLUS, everything=True)),
 ]
 """(kernel, types of the arguments, constants): what is compiled ahead of time for every kind of GPU."""
 
@@ -114,7 +111,7 @@ def check(logits_TE: Tensor, rule: Rule, slopes_TK: Tensor, *, cutoff: bool, **c
     logits_TE, slopes_TK = logits_TE.to(DEVICE), slopes_TK.to(DEVICE)
     everything = {"correction_E": None, "bias_E": None, "valid_T": None} | chosen
     expected = fused_gating_torch(logits_TE, rule, cutoff=cutoff, **chosen)
-    found = gating_triton.gating_forward(logits_TE, rule, cutoff=cutoff, rows=32, tiles=2, **everything)
+    found = gpu.gating_forward(logits_TE, rule, cutoff=cutoff, rows=32, tiles=2, **everything)
     for name in ("expert_ids_TK", "load_E", "finite_T"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     torch.testing.assert_close(found.weights_TK, expected.weights_TK, rtol=2e-6, atol=1e-7, equal_nan=True)
@@ -122,7 +119,7 @@ def check(logits_TE: Tensor, rule: Rule, slopes_TK: Tensor, *, cutoff: bool, **c
     torch.testing.assert_close(found.cutoff_T, cutoff_T, rtol=2e-6, atol=1e-7)
     places = {"expert_ids_TK": expected.expert_ids_TK, "finite_T": expected.finite_T, "valid_T": everything["valid_T"]}
     right_TE = fused_gating_backward_torch(slopes_TK, logits_TE, rule, **places)
-    mine_TE = gating_triton.gating_backward(slopes_TK, logits_TE, rule, rows=32, **places)
+    mine_TE = gpu.gating_backward(slopes_TK, logits_TE, rule, rows=32, **places)
     assert mine_TE.dtype == logits_TE.dtype
     whole_T = expected.finite_T
     rounding = {} if logits_TE.dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
@@ -165,7 +162,7 @@ def test_far_from_zero(score: str) -> None:
     levels_T1 = torch.tensor([-1e4, -200, -104, -90, -30, 0, 19.9, 90, 1e4]).repeat_interleave(4).unsqueeze(1)
     values = inputs(len(levels_T1), seed=2, levels=8)
     logits_TE = values["logits_TE"] + levels_T1
-    found = gating_triton.gating_forward(
+    found = gpu.gating_forward(
         logits_TE.to(DEVICE), rule, correction_E=None, bias_E=None, valid_T=None, cutoff=False, rows=64, tiles=1
     )
     torch.testing.assert_close(
@@ -176,30 +173,8 @@ def test_far_from_zero(score: str) -> None:
 
 def test_all_tied_takes_the_lowest_ids() -> None:
     logits_TE = torch.tensor([0.0, 3.0], device=DEVICE).repeat(9).unsqueeze(1).expand(18, 12).contiguous()
-    gated = gating_triton.gating_forward(
+    gated = gpu.gating_forward(
         logits_TE, Rule("sigmoid", 4), correction_E=None, bias_E=None, valid_T=None, cutoff=False, rows=4
     )
     assert gated.expert_ids_TK.tolist() == [[0, 1, 2, 3]] * 18
     assert gated.load_E.tolist() == [18] * 4 + [0] * 8
-
-
-COMPILE = """
-import test_gating_triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-for kernel, signature, constants in test_gating_triton.COMPILED[{first}::4]:
-    types = signature | dict.fromkeys(constants, "constexpr")
-    for target in GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), \\
-            GPUTarget("hip", "gfx942", 64):
-        compile(ASTSource(kernel, types, constants), target=target)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(4))
-def test_compiles_for_every_kind_of_gpu(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: here kernels may be the interpreter's."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    here = Path(__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(here)!r})" + COMPILE.format(first=first)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -71,7 +71,7 @@ def _score(x_TE, real_1E, SCORE: tl.constexpr):
 
 
 @triton.jit
-def _gating_forward(
+def gating_forward_kernel(
     logits_ptr, correction_ptr, bias_ptr, valid_ptr, weights_ptr, ids_ptr, cutoff_ptr, load_ptr, finite_ptr,
     T, eps, scale,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, SCORE: tl.constexpr, TOP2: tl.constexpr,
@@ -163,7 +163,7 @@ def _gating_forward(
 
 
 @triton.jit
-def _gating_backward(
+def gating_backward_kernel(
     grad_weights_ptr, logits_ptr, ids_ptr, finite_ptr, valid_ptr, grad_logits_ptr,
     T, eps, scale,
     E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, AFTER: tl.constexpr, RENORMALIZE: tl.constexpr,
@@ -248,7 +248,7 @@ def gating_forward(
         logits_TE.new_empty((T,), dtype=torch.bool),
     )
     if T:
-        _gating_forward[(triton.cdiv(T, sizes["ROWS"] * tiles),)](
+        gating_forward_kernel[(triton.cdiv(T, sizes["ROWS"] * tiles),)](
             logits_TE, _vector(correction_E, logits_TE), _vector(bias_E, logits_TE), _bytes(valid_T, logits_TE),
             gated.weights_TK, gated.expert_ids_TK, gated.cutoff_T, gated.load_E, gated.finite_T.view(torch.int8),
             T, rule.eps, rule.scale,
@@ -270,12 +270,12 @@ def gating_backward(
     valid_T: Tensor | None,
     rows: int | None = None,
 ) -> Tensor:
-    """As `fused_gating_backward_torch`, but for rows that are not finite."""
+    """As `fusedgating_backward_kernel_torch`, but for rows that are not finite."""
     T, E = logits_TE.shape
     sizes = _sizes(E, rule.top_k, rows)
     grad_logits_TE = torch.empty_like(logits_TE)
     if T:
-        _gating_backward[(triton.cdiv(T, sizes["ROWS"]),)](
+        gating_backward_kernel[(triton.cdiv(T, sizes["ROWS"]),)](
             grad_weights_TK, logits_TE, expert_ids_TK, finite_T.view(torch.int8), _bytes(valid_T, logits_TE),
             grad_logits_TE, T, rule.eps, rule.scale,
             E=E, K=rule.top_k, SCORE=rule.score, AFTER=rule.softmax_after_topk, RENORMALIZE=rule.renormalize,
