@@ -13,7 +13,7 @@ from torch import Tensor
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 Arch = Literal["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"]
-"""The nearest target that kernels are compiled ahead of time for; older or newer ones use its neighbour's blocks."""
+"""The targets that kernels are compiled ahead of time for."""
 
 
 def triton_serves(*tensors: Tensor, only: torch.dtype | None = None) -> bool:
@@ -25,13 +25,16 @@ def triton_serves(*tensors: Tensor, only: torch.dtype | None = None) -> bool:
 
 
 def arch_of(device: torch.device) -> Arch:
-    """CPU tensors reach a kernel only under Triton's interpreter."""
+    """Whose blocks suit this device. CPU tensors reach a kernel only under Triton's interpreter.
+
+    Blocks for sm_80 fit every NVIDIA GPU since: sm_86, sm_89 and sm_120 have 99 KB of shared memory for a program.
+    """
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[Any]:

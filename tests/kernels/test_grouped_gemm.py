@@ -187,14 +187,6 @@ def test_without_gradients_h_is_not_kept() -> None:
     assert torch.ops.moerouters.grouped_mlp(*routed, 2, True, False)[1].numel() == 0
 
 
-@pytest.mark.parametrize("mean_rows", [1, 16, 17, 64, 65])
-def test_tiles_of_one_map_have_one_height(mean_rows: int) -> None:
-    for arch in get_args(Arch):
-        for dtype in _DTYPES:
-            blocks = [blocks_for(role, arch, dtype, mean_rows) for role in ("up", "rows", "hidden")]
-            assert len({block.rows for block in blocks}) == 1
-
-
 def test_the_same_bits_every_time() -> None:
     layer = Layer(random_ids(13, 2, 3), 3)
     for mine, again in zip(layer.results(grouped_mlp_triton), layer.results(grouped_mlp_triton), strict=True):

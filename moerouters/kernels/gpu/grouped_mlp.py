@@ -87,6 +87,7 @@ def weight_gradient(
     left: Tensor, left_index_R: Tensor | None, right: Tensor, right_index_R: Tensor | None, slots: int, load_e: Tensor
 ) -> Tensor:
     """grad_eMC = sum over the expert's rows of left[index // slots, m] * right[index // slots, c]."""
+    load_e = load_e.contiguous()
     index_R = left_index_R if right_index_R is None else right_index_R
     num_rows = left.shape[0] if index_R is None else index_R.numel()
     rows, columns = left.shape[1], right.shape[1]

@@ -57,6 +57,7 @@ def tile_map_kernel(
 
 def tile_map(load_e: Tensor, num_rows: int, height: int) -> TileMap:
     """One launch. The bound on tiles, sum over experts of ceil(load / height) and one for the rest, needs no load."""
+    load_e = load_e.contiguous()
     num_experts = load_e.numel()
     bound = triton.cdiv(num_rows, height) + num_experts + 1
     tiles = torch.empty(bound, 4, dtype=torch.int32, device=load_e.device)
