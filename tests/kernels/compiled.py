@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "kernels.json"
 
 SHARED_KB = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-"""What one program may have at most. sm_80 has 163, but its blocks also run on sm_86, sm_89 and sm_120, which have 99."""
+"""What one program may have at most. sm_80 has 163; its blocks also run on sm_86, sm_89 and sm_120, which have 99."""
 
 
 class Case(NamedTuple):
