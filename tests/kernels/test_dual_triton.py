@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from moerouters.kernels.dual import dual_update_torch  # noqa: E402
 from moerouters.kernels.gpu import dual, order_statistic  # noqa: E402
 from moerouters.kernels.order_statistic import kth_largest_per_expert, kth_largest_per_expert_torch  # noqa: E402
 
+from .compiled import Case  # noqa: E402
 from .test_dual import scores  # noqa: E402
 from .test_order_statistic import KINDS, values  # noqa: E402
 
@@ -24,22 +24,24 @@ TOKEN = {
     "scores_ptr": "*fp32", "dual_ptr": "*fp32", "valid_ptr": "*i1", "threshold_ptr": "*fp32", "tokens_ptr": "*i64",
     "num_tokens": "i32", "num_experts": "i32", "top_k": "i32",
 }  # fmt: skip
-COMPILED: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+COMPILED = [
     *(
-        (
+        Case(
             order_statistic.count_digits_kernel,
             {"values_ptr": "*fp32", "offset_ptr": "*fp32", "number_ptr": "*i64", "counts_ptr": "*i32", **COUNT},
             {"DEPTH": depth, "COUNT": 2, "TILE": order_statistic.TILE},
+            note=f"digit {depth}",
+            slow=depth == 0,
         )
         for depth in (0, 3)
     ),
-    (
+    Case(
         order_statistic.read_off_kernel,
         {"counts_ptr": "*i32", "number_ptr": "*i64", "found_ptr": "*fp32", "num_experts": "i32"},
         {"COUNT": 2},
     ),
     *(
-        (
+        Case(
             dual.token_threshold_kernel,
             TOKEN,
             {
@@ -49,18 +51,22 @@ COMPILED: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
                 "BLOCK_T": dual.SCORES_AT_ONCE // block_e,
                 "BLOCK_E": block_e,
             },
+            note=f"{block_e} experts",
+            slow=block_e == 512,
         )
         for first, block_e in ((True, 64), (False, 512))
     ),
     *(
-        (
+        Case(
             dual.expert_threshold_kernel,
             {"counts_ptr": "*i32", "tokens_ptr": "*i64", "dual_ptr": "*fp32", "new_ptr": "*fp32", **RANK},
             {"FIRST": False, "CENTRED": centred, "BLOCK_E": 64},
+            note="centred" if centred else "published",
+            slow=not centred,
         )
         for centred in (True, False)
     ),
-    (
+    Case(
         dual.centre_kernel,
         {"dual_ptr": "*fp32", "tokens_ptr": "*i64", "found_ptr": "*fp32", "num_experts": "i32"},
         {"BLOCK_E": 64},

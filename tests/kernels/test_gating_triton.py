@@ -13,6 +13,8 @@ from moerouters.kernels.gating import Rule, fused_gating_backward_torch, fused_g
 pytest.importorskip("triton")
 from moerouters.kernels.gpu import gating as gpu
 
+from .compiled import Case
+
 pytestmark = [
     # numpy's word for what a GPU does in silence: infinity minus infinity, exp of something large.
     pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -54,21 +56,35 @@ SQRTSOFTPLUS = Rule("sqrtsoftplus", 6)
 BFLOAT16 = {"logits_ptr": "*bf16", "grad_logits_ptr": "*bf16"}
 
 
-def narrow(signature: dict[str, str]) -> dict[str, str]:
-    return {name: BFLOAT16.get(name, kind) for name, kind in signature.items()}
+def narrow(signature: dict[str, str], types: dict[str, str]) -> dict[str, str]:
+    return {name: types.get(name, kind) for name, kind in signature.items()}
 
 
 COMPILED = [
-    (gpu.gating_forward_kernel, SIGNATURE_FORWARD, forward_constants(64, 8, OLMOE, everything=False)),
-    (gpu.gating_forward_kernel, SIGNATURE_FORWARD, forward_constants(256, 8, DEEPSEEK, everything=True)),
-    (gpu.gating_forward_kernel, narrow(SIGNATURE_FORWARD), forward_constants(32, 4, GPT_OSS, everything=False)),
-    (gpu.gating_forward_kernel, SIGNATURE_FORWARD, forward_constants(60, 6, SQRTSOFTPLUS, everything=True)),
-    (gpu.gating_backward_kernel, SIGNATURE_BACKWARD, backward_constants(64, 8, OLMOE, everything=False)),
-    (gpu.gating_backward_kernel, SIGNATURE_BACKWARD, backward_constants(256, 8, DEEPSEEK, everything=True)),
-    (gpu.gating_backward_kernel, narrow(SIGNATURE_BACKWARD), backward_constants(32, 4, GPT_OSS, everything=False)),
-    (gpu.gating_backward_kernel, SIGNATURE_BACKWARD, backward_constants(60, 6, SQRTSOFTPLUS, everything=True)),
+    case
+    for note, E, K, rule, everything, types in (
+        ("OLMoE", 64, 8, OLMOE, False, {}),
+        ("DeepSeek-V3", 256, 8, DEEPSEEK, True, {}),
+        ("GPT-OSS, bf16", 32, 4, GPT_OSS, False, BFLOAT16),
+        ("sqrtsoftplus, 60 experts", 60, 6, SQRTSOFTPLUS, True, {}),
+    )
+    for case in (
+        Case(
+            gpu.gating_forward_kernel,
+            narrow(SIGNATURE_FORWARD, types),
+            forward_constants(E, K, rule, everything=everything),
+            note=note,
+            slow=rule is not OLMOE,
+        ),
+        Case(
+            gpu.gating_backward_kernel,
+            narrow(SIGNATURE_BACKWARD, types),
+            backward_constants(E, K, rule, everything=everything),
+            note=note,
+            slow=rule is not OLMOE,
+        ),
+    )
 ]
-"""(kernel, types of the arguments, constants): what is compiled ahead of time for every kind of GPU."""
 
 RULES = {
     "softmax": Rule("softmax", 3),

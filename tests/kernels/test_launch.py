@@ -31,11 +31,15 @@ def test_tensors_on_a_cpu_are_not_served() -> None:
     assert not triton_serves(torch.zeros(2))
 
 
-def test_float32_products_are_exact_unless_torch_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_products_are_exact_unless_torch_is_told_otherwise() -> None:
     assert dot_precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert dot_precision(torch.float32) == "tf32"
-    assert dot_precision(torch.bfloat16) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert dot_precision(torch.float32) == "tf32"
+        assert dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("mean_rows", [0, 16, 17, 64, 65])

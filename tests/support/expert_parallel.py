@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moerouters import record, replay
 from moerouters.errors import MoeroutersError
 from moerouters.lab.corpus import Corpus
 from moerouters.lab.determinism import deterministic
-from moerouters.lab.expert_ranks import expert_ranks
+from moerouters.lab.expert_ranks import ExpertRanks, expert_ranks
 from moerouters.lab.history import History
 from moerouters.lab.interrupt import StopRequest
 from moerouters.lab.ranks import Ranks
@@ -85,8 +86,13 @@ class Case:
     def ranks(self, rank: int) -> Ranks:
         if self.size == 1:
             return Ranks(rank, WORLD_SIZE)
-        experts = expert_ranks(self.size, self.dispatcher, num_experts=self.course.settings.num_experts)
-        return Ranks(rank, WORLD_SIZE, experts)
+        return Ranks(rank, WORLD_SIZE, _spread(self.size, self.dispatcher, self.course.settings.num_experts))
+
+
+@cache
+def _spread(size: int, dispatcher: str, num_experts: int) -> ExpertRanks:
+    """Kept: threads of a gloo group wake a hundred times a second, for as long as it is there."""
+    return expert_ranks(size, dispatcher, num_experts=num_experts)
 
 
 def alone(course: Course) -> tuple[Outcome, Tape]:

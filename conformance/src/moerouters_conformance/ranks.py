@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,13 +76,18 @@ def learn(rank: int, subject: Subject, layout: Layout) -> State:
 
 def learn_replicated(rank: int, subject: Subject, layout: Layout, replicas: int) -> State:
     """Groups of `replicas` neighbouring ranks hold the same tokens; statistics are reduced across groups only."""
-    world = dist.get_world_size()
-    groups = [dist.new_group(list(range(first, world, replicas))) for first in range(replicas)]
-    learning = Learning(subject, layout.settings, token_group=groups[rank % replicas])
+    learning = Learning(subject, layout.settings, token_group=_columns(replicas)[rank % replicas])
     for step in range(len(layout.tokens)):
         learning.forward(layout.logits_TE(step, rank // replicas))
         learning.step()
     return learning.state
+
+
+@cache
+def _columns(replicas: int) -> list[Any]:
+    """Groups of every `replicas`-th rank. Kept: each gloo group has threads that wake a hundred times a second, and
+    those of a hundred groups leave two cores no time for anything else."""
+    return [dist.new_group(list(range(first, dist.get_world_size(), replicas))) for first in range(replicas)]
 
 
 def learn_alone(subject: Subject, layout: Layout, *, shards: Sequence[int], whole: bool = False) -> State:
