@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moerouters.kernels.expert_mlp import expert_mlp, routed_mlp
+from moerouters.kernels.grouped_gemm import Activation
 from moerouters.kernels.routes import Routes
-
-Activation = Literal["swiglu", "gelu"]
 
 
 class GroupedExperts(nn.Module):
@@ -41,7 +39,7 @@ class GroupedExperts(nn.Module):
         """[R, D] rows through their experts; load_e int64 [e] says how many rows each has. Other rows give zeros.
 
         With routes, x_MD are tokens [T, D], and the result is for every token the weighted sum over its slots, in the
-        dtype of the weights; only where `is_fused` says so of the device.
+        dtype of the weights; only where `is_fused` says so of them.
         """
         dtype = x_MD.dtype
         if torch.is_autocast_enabled(x_MD.device.type):

@@ -21,7 +21,8 @@ from moerouters.dispatch.base import Dispatcher
 from moerouters.dispatch.local import LocalDispatcher
 from moerouters.dispatch.run import through_experts
 from moerouters.errors import ConfigError, ShapeError
-from moerouters.experts import Activation, GroupedExperts
+from moerouters.experts import GroupedExperts
+from moerouters.kernels.grouped_gemm import Activation
 from moerouters.losses import LossMode
 from moerouters.routed import RoutedModule
 from moerouters.router import Router

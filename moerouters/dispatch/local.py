@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-import torch
 from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
@@ -30,14 +29,9 @@ class LocalDispatcher:
         return Ready(weighted_sum(y_RD, arrival.plan, weights))
 
     def fuses(self, experts: object, x_TD: Tensor, assignment: Assignment) -> TypeGuard[GroupedExperts]:
-        """Whether `through` can take the place of dispatch, experts and combine.
-
-        Not in half precision: there rows are rounded on both ways, as they are between ranks, so that one process gives
-        what several give.
-        """
+        """Whether `through` can take the place of dispatch, experts and combine."""
         known = isinstance(experts, GroupedExperts) and type(experts).forward is GroupedExperts.forward
-        half = x_TD.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x_TD.device.type)
-        return known and not half and assignment.kind is not AssignmentKind.PAIRS and is_fused(x_TD.device)
+        return known and assignment.kind is not AssignmentKind.PAIRS and is_fused(x_TD)
 
     def through(self, experts: GroupedExperts, x_TD: Tensor, plan: DispatchPlan, weights_TK: Tensor) -> Tensor:
         """y_TD by one operator, which writes neither gathered rows nor, for backward, results of experts."""

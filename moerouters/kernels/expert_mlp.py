@@ -16,17 +16,22 @@ from torch import Tensor
 
 from moerouters.kernels import expert_mlp_cpu
 from moerouters.kernels.expert_mlp_cpu import Experts
+from moerouters.kernels.gradients import is_wanted
+from moerouters.kernels.grouped_gemm import Activation, grouped_mlp_triton, grouped_rows_triton
 from moerouters.kernels.grouped_linear import grouped_linear
+from moerouters.kernels.launch import triton_serves
 from moerouters.kernels.routes import Routes
 
 
-def expert_mlp(x_RD: Tensor, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: str) -> Tensor:
+def expert_mlp(x_RD: Tensor, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: Activation) -> Tensor:
     """[R, D] rows, grouped by expert, through their experts, in the dtype of x; rows past load_e.sum() give zeros.
 
     swiglu: down @ (silu(gate @ x) * (up @ x)), gate in the first half of up_eFD [e, 2F, D]; gelu: down @ gelu(up @ x).
     down_eDF is [e, D, F]; x and weights are of one float dtype. load_e: int64 [e]; read on the host.
     """
-    if not is_fused(x_RD.device):
+    if triton_serves(x_RD, up_eFD, down_eDF):
+        return grouped_rows_triton(x_RD, up_eFD, down_eDF, load_e, activation=activation)
+    if not _on_cpu(x_RD):
         hidden_RF = grouped_linear(x_RD, up_eFD, load_e)
         return grouped_linear(_activated(hidden_RF, activation), down_eDF, load_e)
     keep = _in_a_graph(x_RD, up_eFD, down_eDF)
@@ -35,21 +40,35 @@ def expert_mlp(x_RD: Tensor, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, a
 
 
 def routed_mlp(
-    x_TD: Tensor, routes: Routes, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: str
+    x_TD: Tensor, routes: Routes, up_eFD: Tensor, down_eDF: Tensor, load_e: Tensor, activation: Activation
 ) -> Tensor:
     """y_TD = for every token the sum of weight * expert(x) over its slots, in the dtype of the weights, summed in it.
 
-    Else as `expert_mlp`. Only where `is_fused` says so of the device.
+    Else as `expert_mlp`. Only where `is_fused` says so of x_TD.
     """
+    if triton_serves(x_TD, up_eFD, down_eDF):
+        return grouped_mlp_triton(
+            x_TD, routes.weights_TK, up_eFD, down_eDF, routes.order_N, routes.inverse_N, load_e, activation=activation
+        )
     keep = _in_a_graph(x_TD, up_eFD, down_eDF, routes.weights_TK)
     arguments = (x_TD, up_eFD, down_eDF, routes.weights_TK, routes.order_N, routes.inverse_N, load_e, activation, keep)
     y_TD: Tensor = _expert_mlp(*arguments)[0]
     return y_TD
 
 
-def is_fused(device: torch.device) -> bool:
-    """Whether the operator has an engine there: on the CPU. Elsewhere rows take `grouped_linear`."""
-    return device.type in ("cpu", "meta")
+def is_fused(x_TD: Tensor) -> bool:
+    """Whether `routed_mlp` has an engine for such tokens: Triton on a GPU; on a CPU, but not for half precision.
+
+    There rows are rounded on both ways, as they are between ranks, so that one process gives what several give.
+    """
+    if triton_serves(x_TD):
+        return True
+    half = x_TD.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x_TD.device.type)
+    return _on_cpu(x_TD) and not half
+
+
+def _on_cpu(x_MD: Tensor) -> bool:
+    return x_MD.device.type in ("cpu", "meta")
 
 
 @torch.library.custom_op("moerouters::expert_mlp", mutates_args=())
@@ -129,7 +148,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_y_MD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x_MD, up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, hidden_RF = ctx.saved_tensors
-    wanted = [grad_y_MD is not None and _is_wanted(ctx, index) for index in range(4)]
+    wanted = [grad_y_MD is not None and is_wanted(ctx, index) for index in range(4)]
     found: list[Tensor] = []
     if grad_y_MD is not None and any(wanted):
         tensors = (grad_y_MD, x_MD, up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, hidden_RF)
@@ -154,24 +173,6 @@ def _experts(
     if weights_TK is not None and order_N is not None and inverse_N is not None:
         routes = Routes(weights_TK, order_N, inverse_N)
     return Experts(up_eFD, down_eDF, load_e, activation, routes)
-
-
-def _is_wanted(ctx: Any, index: int) -> bool:
-    """Whether this pass of the engine will use the gradient of a tensor input; `needs_input_grad` tells only whether
-    some pass may.
-
-    The function is private to torch; torch.autograd.graph.register_multi_grad_hook uses it. It refuses leaves whose
-    gradient torch.autograd.grad returns, which are wanted, and it is not there for who traces.
-    """
-    if not ctx.needs_input_grad[index]:
-        return False
-    node = ctx.next_functions[index][0]
-    if node is None:
-        return False
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:
-        return True
 
 
 def _in_a_graph(*tensors: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moerouters.kernels.gradients import is_wanted
 from moerouters.kernels.launch import triton_serves
 
 Activation = Literal["swiglu", "gelu"]
@@ -230,8 +231,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, slope_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK, h_RH = ctx.saved_tensors
     dx_TD = dup_eHD = ddown_eDF = dweights_TK = None
-    wants_x, wants_up, wants_down = ctx.needs_input_grad[:3]
-    if slope_TD is not None:
+    wants_x, wants_up, wants_down, wants_weights = (is_wanted(ctx, index) for index in (0, 1, 2, 6))
+    if slope_TD is not None and (wants_x or wants_up or wants_down or wants_weights):
         # In the experts' dtype: matrix units take both sides in one.
         slope_TD = slope_TD.to(x_TD.dtype).contiguous()
         dh_RH, a_RF, dweights_TK = _hidden_gradient(
@@ -244,7 +245,7 @@ def _backward(ctx: Any, slope_TD: Tensor | None, _: Tensor | None) -> tuple[Tens
             dup_eHD = _weight_gradient(dh_RH, None, x_TD, order_N, load_e, ctx.slots)
         if wants_x:
             dx_TD = _input_gradient(dh_RH, up_eHD, load_e, inverse_N, ctx.slots)
-    return dx_TD, dup_eHD, ddown_eDF, None, None, None, None if weights_TK is None else dweights_TK, *[None] * 3
+    return dx_TD, dup_eHD, ddown_eDF, None, None, None, dweights_TK if wants_weights else None, *[None] * 3
 
 
 _grouped_mlp.register_autograd(_backward, setup_context=_keep)

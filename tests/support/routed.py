@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moerouters.kernels.expert_mlp import routed_mlp, routed_mlp_torch
+from moerouters.kernels.grouped_gemm import Activation
 from moerouters.kernels.routes import Routes
 
 LOADS = ("random", "one hot expert", "upper half empty", "holes", "nothing", "every expert")
@@ -23,7 +24,7 @@ class Routed:
     up_eFD: Tensor
     down_eDF: Tensor
     load_e: Tensor
-    activation: str
+    activation: Activation
 
     @property
     def routes(self) -> Routes:
