@@ -153,6 +153,8 @@ class Router(StatefulModule):
         steps = ("adjust", "select", "_adjusted", "_weigh", "_without_padding")
         if not self.gating.fusable or ctx.forced_ids_TK is not None or self._overrides(*steps):
             return False
+        if raw_TE.dim() != 2 or raw_TE.shape[1] != self.gating.num_experts:
+            return False  # `prepare` says what is wrong
         if raw_TE.device.type == "cuda":
             return kernel_fits(raw_TE, self.gating.rule) and not (self._learns and "adjusted_TE" in self.reads)
         aside = torch.compiler.is_compiling() or raw_TE.numel() <= SMALL

@@ -275,3 +275,8 @@ def test_who_reads_scores_is_not_fused_on_a_cpu() -> None:
     assert not plain._fuses(logits_TE, RouteContext(forced_ids_TK=torch.zeros(2000, K, dtype=torch.int64)))
     assert not Router(Gating.softmax(E, K, soft_cap=5.0))._fuses(logits_TE, RouteContext())
     assert not Router(Gating.softmax(E, K, ties="torch"))._fuses(logits_TE, RouteContext())
+
+
+def test_logits_of_another_number_of_experts_are_refused_by_the_operator_as_well() -> None:
+    with pytest.raises(ShapeError, match="but the gating has 6 experts"):
+        Router(Gating.softmax(E, K))(torch.randn(2000, E + 1))
