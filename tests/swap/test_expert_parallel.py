@@ -1,6 +1,6 @@
 """Hugging Face models whose experts live on several ranks, by our dispatchers and their own one-line config."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -61,6 +61,14 @@ CALLS = [
     ),
     Call("no gate", "moerouters", "eager", (7,)),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_of_our_own() -> Iterator[None]:
+    """transformers makes new process groups for every model. Their threads, which wake a hundred times a second for as
+    long as the ranks live, would take the cores from all tests that follow."""
+    yield
+    rank_pool().close()
 
 
 @pytest.fixture(scope="module")
