@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from moerouters.bench.case import Build, Case, Request, Run, Unavailable
 from moerouters.bench.timing import Ratio, median_of
 from moerouters.bench.weights import normal
 from moerouters.errors import MoeroutersError
+from moerouters.kernels.dual import dual_update
 
 STEP, DUAL = "step", "dual"
 LAYER = "layer"
@@ -81,14 +81,14 @@ class StepCase(Case):
 
 
 class DualCase(Case):
-    """q of BIP after 4 iterations, from softmax scores and q = 0: the plug-in's, over torch.topk and kthvalue."""
+    """q of BIP after 4 iterations, from softmax scores and q = 0: core's operation, over torch.topk and kthvalue."""
 
     baselines = ("topk_kthvalue",)
     passes = DUAL
     dtype = "float32"
 
     def builds(self) -> Mapping[str, Build]:
-        return {"topk_kthvalue": self._plain, "bip": self._plugin}
+        return {"topk_kthvalue": self._plain, "dual_update": self._ours}
 
     def _scores(self) -> Tensor:
         return torch.softmax(normal(self.shape.T, self.shape.E, device=self.device), dim=-1)
@@ -103,18 +103,13 @@ class DualCase(Case):
         self._expect_ranks()
         return partial(plain_dual, self._scores(), top_k=self.shape.K, iterations=ITERATIONS)
 
-    def _plugin(self) -> Run:
-        try:
-            solve_dual = import_module("moerouters_bip.dual").solve_dual
-        except ModuleNotFoundError as error:
-            raise Unavailable("moerouters-bip is not installed") from error
+    def _ours(self) -> Run:
         self._expect_ranks()
         scores_TE = self._scores()
         start_E = torch.zeros(self.shape.E, device=self.device)
 
         def run() -> Tensor:
-            q_E: Tensor = solve_dual(scores_TE, start_E, top_k=self.shape.K, iterations=ITERATIONS)
-            return q_E
+            return dual_update(scores_TE, start_E, top_k=self.shape.K, iterations=ITERATIONS, centred=True)
 
         expected = plain_dual(scores_TE, top_k=self.shape.K, iterations=ITERATIONS)
         if not torch.equal(run(), expected):

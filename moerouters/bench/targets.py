@@ -164,7 +164,7 @@ TARGETS = (
     ),
     Target(
         id="dual-cpu", text="BIP, 4 dual iterations, over torch.topk and kthvalue, same bits", kind="cpu",
-        subject="balance", shape="gate-64", impl="bip", passes="dual", dtype="float32", measure="over topk_kthvalue",
+        subject="balance", shape="gate-64", impl="dual_update", passes="dual", dtype="float32", measure="over topk_kthvalue",
         limit=0.15,
     ),
     _share("cpu-16", 0.03, "cpu"),

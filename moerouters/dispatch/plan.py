@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
 from moerouters.kernels.counting_sort import counting_sort
+from moerouters.kernels.permute import gather_rows
 from moerouters.types import Assignment
 
 
@@ -42,6 +43,8 @@ class DispatchPlan:
 
     def rows(self, x_TD: Tensor, num_rows: int | None = None) -> Tensor:
         """[R, D]: the tokens in the order of this plan, the first `num_rows` of them."""
+        if num_rows is None and self.slots_per_token is not None:
+            return gather_rows(x_TD, self.order_N, self.inverse_N, self.slots_per_token)
         token_ids_R = self.token_ids_N.index_select(0, self.order_N[:num_rows])
         return x_TD.index_select(0, token_ids_R)
 

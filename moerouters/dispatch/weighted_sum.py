@@ -7,11 +7,15 @@ from torch import Tensor
 
 from moerouters.autocast import no_autocast
 from moerouters.dispatch.plan import DispatchPlan
+from moerouters.kernels.launch import triton_serves
+from moerouters.kernels.permute import combine_rows
 
 
 def weighted_sum(y_RD: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
     """y_TD in the weights' dtype. y_RD holds the rows of all N pairs in the plan's order; those of empty pairs (weight
     0) are finite. `weights` is in the assignment's shape."""
+    if plan.slots_per_token is not None and triton_serves(y_RD, weights):
+        return combine_rows(y_RD, plan.order_N, plan.inverse_N, weights)
     # Weighted in the weights' dtype (float32): K bf16 products summed in bf16 lose two bits.
     y_ND = y_RD.index_select(0, plan.inverse_N).to(weights.dtype)
     if plan.slots_per_token is not None:

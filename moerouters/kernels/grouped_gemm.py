@@ -15,30 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moerouters.kernels.gradients import is_wanted
-from moerouters.kernels.launch import triton_serves
 
 Activation = Literal["swiglu", "gelu"]
-
-
-def grouped_mlp(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    up_eHD: Tensor,
-    down_eDF: Tensor,
-    order_N: Tensor,
-    inverse_N: Tensor,
-    load_e: Tensor,
-    *,
-    activation: Activation = "swiglu",
-) -> Tensor:
-    """y_TD in the weights' dtype: every token's weighted sum over its K experts. All experts are on this device.
-
-    x, up ([e, H, D]; H = 2F with the gate first for swiglu, F for gelu) and down share one dtype. order_N and inverse_N
-    (int64) sort the pairs t * K + k by expert, load_e (int64) counts them; pairs past load_e.sum() are empty and give
-    nothing, not even to a gradient.
-    """
-    chosen = grouped_mlp_triton if triton_serves(x_TD, weights_TK, up_eHD, down_eDF) else grouped_mlp_torch
-    return chosen(x_TD, weights_TK, up_eHD, down_eDF, order_N, inverse_N, load_e, activation=activation)
 
 
 def grouped_mlp_triton(
@@ -52,7 +30,11 @@ def grouped_mlp_triton(
     *,
     activation: Activation = "swiglu",
 ) -> Tensor:
-    """`grouped_mlp` in Triton: float32, bfloat16 and float16, on a GPU or under Triton's interpreter."""
+    """y_TD in the weights' dtype: every token's weighted sum over its K experts. All experts are on this device.
+
+    x, up ([e, H, D]; H = 2F with the gate first for swiglu, F for gelu) and down share one dtype: float32, bfloat16 or
+    float16, on a GPU or under Triton's interpreter. order_N and inverse_N (int64) sort the pairs t * K + k by expert,
+    load_e (int64) counts them; pairs past load_e.sum() are empty and give nothing, not even to a gradient."""
     slots, gated, keep_h = weights_TK.shape[1], activation == "swiglu", torch.is_grad_enabled()
     routed = (x_TD, up_eHD, down_eDF, load_e, order_N, inverse_N, weights_TK)
     y_TD: Tensor = _grouped_mlp(*routed, slots, gated, keep_h)[0]
@@ -79,7 +61,7 @@ def grouped_mlp_torch(
     *,
     activation: Activation = "swiglu",
 ) -> Tensor:
-    """Reference of `grouped_mlp`: one expert after the other, plain autograd. Reads the loads on the host."""
+    """Reference of `grouped_mlp_triton`: one expert after the other, plain autograd. Reads the loads on the host."""
     slots = weights_TK.shape[1]
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=weights_TK.dtype)
     start = 0

@@ -77,13 +77,13 @@ def test_the_share_of_a_balancer() -> None:
     assert not skipped
     step = {row.impl for row in rows if row.passes == "step"}
     assert step == {"layer", *available()}
-    assert {row.impl for row in rows if row.passes == "dual"} == {"topk_kthvalue", "bip"}
+    assert {row.impl for row in rows if row.passes == "dual"} == {"topk_kthvalue", "dual_update"}
 
 
 def test_routers_learn_in_the_step_that_is_timed() -> None:
     run = StepCase(request_of("balance"), SHAPE).builds()["loss-free"]
     state = []
-    real = balance.import_module("moerouters").attach
+    real = moerouters.attach
 
     def watching(optimizer: torch.optim.Optimizer, layer: torch.nn.Module) -> object:
         state.append(layer)
@@ -106,7 +106,7 @@ def test_gate_only_shapes_have_no_layers() -> None:
 @pytest.mark.parametrize(("T", "E", "K"), [(48, 4, 2), (50, 7, 3), (9, 8, 1), (33, 6, 5)])
 def test_the_dual_has_the_bits_of_the_plain_one(T: int, E: int, K: int) -> None:
     case = DualCase(request_of("balance"), Shape(name="s", T=T, E=E, K=K))
-    q_E = case.builds()["bip"]()()
+    q_E = case.builds()["dual_update"]()()
     assert isinstance(q_E, torch.Tensor)
     assert torch.equal(q_E, plain_dual(case._scores(), top_k=K, iterations=4))
 
@@ -115,9 +115,9 @@ def test_a_dual_with_other_bits_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     def wrong(*arguments: object, **options: object) -> torch.Tensor:
         return torch.zeros(SHAPE.E)
 
-    monkeypatch.setattr(balance, "import_module", lambda name: SimpleNamespace(solve_dual=wrong))
+    monkeypatch.setattr(balance, "dual_update", wrong)
     with pytest.raises(Unavailable, match="other bits"):
-        DualCase(request_of("balance"), SHAPE).builds()["bip"]()
+        DualCase(request_of("balance"), SHAPE).builds()["dual_update"]()
 
 
 @pytest.mark.parametrize("shape", [Shape(name="s", T=4, E=2, K=2), Shape(name="s", T=4, E=8, K=7)])
@@ -125,7 +125,7 @@ def test_where_there_is_nothing_to_solve(shape: Shape) -> None:
     request = request_of("balance", shapes=(shape.model_copy(update={"gate_only": True}),))
     rows, skipped = measure(request, allocator="default", tell=lambda text: None)
     assert not rows
-    assert {entry.impl for entry in skipped} == {"topk_kthvalue", "bip"}
+    assert {entry.impl for entry in skipped} == {"topk_kthvalue", "dual_update"}
     assert all("nothing to solve" in entry.why for entry in skipped)
 
 

@@ -20,6 +20,7 @@ from moerouters.kernels.bins import (
     sortable,
     unsortable,
 )
+from moerouters.kernels.launch import TRITON_INSTALLED
 
 from .test_order_statistic import KINDS, values
 
@@ -93,7 +94,7 @@ def test_are_well_formed_operators() -> None:
 # The Triton kernel, interpreted where no GPU is; `test_dual_triton` compiles what stands here.
 
 COMPILED: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-if __import__("importlib.util").util.find_spec("triton"):
+if TRITON_INSTALLED:
     from moerouters.kernels.gpu import bins
 
     INTEGERS = dict.fromkeys(("num_tokens", "num_bins", "stride_e", "stride_t", "base", "marks"), "i32")
@@ -106,7 +107,7 @@ if __import__("importlib.util").util.find_spec("triton"):
     ]
 
 
-@pytest.mark.skipif(not COMPILED, reason="no triton")
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="triton is an optional dependency")
 def test_triton_bins_equal_the_reference() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [at_the_edges(torch.float32), values("holes", (bins.TILE + 9, 2)).t(), values("huge", (40, 2)).t()]

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from moerouters.kernels.gpu import gating as gpu
 
 from .compiled import Case
+from .test_gating import RULES as COMMON_RULES
 
 pytestmark = [
     # numpy's word for what a GPU does in silence: infinity minus infinity, exp of something large.
@@ -86,18 +87,7 @@ COMPILED = [
     )
 ]
 
-RULES = {
-    "softmax": Rule("softmax", 3),
-    "softmax as is": Rule("softmax", 2, renormalize=False, scale=2.5),
-    "sigmoid in groups": Rule("sigmoid", 3, 4, 2, "top2_sum", eps=1e-2),
-    "sigmoid, best of groups": Rule("sigmoid", 3, 2, 1, scale=1.5),
-    "sqrtsoftplus": Rule("sqrtsoftplus", 4),
-    "relu": Rule("relu", 2, renormalize=False),
-    "relu over its sum": Rule("relu", 2, eps=0.0),
-    "on logits": Rule("identity", 3, softmax_after_topk=True, scale=0.5),
-    "everybody": Rule("softmax", 12),
-    "one": Rule("sigmoid", 1),
-}
+RULES = COMMON_RULES | {"everybody": Rule("softmax", 12), "one": Rule("sigmoid", 1)}
 """For 12 experts, which are no power of two."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moerouters.kernels import grouped_gemm as module
 from moerouters.kernels.counting_sort import SortedPairs, counting_sort
 from moerouters.kernels.gpu import grouped_gemm as kernels
 from moerouters.kernels.gpu import grouped_mlp as launches
 from moerouters.kernels.gpu.tiles import TILES, tile_map, tile_map_kernel
 from moerouters.kernels.grouped_gemm import (
     Activation,
-    grouped_mlp,
     grouped_mlp_torch,
     grouped_mlp_triton,
     grouped_rows_triton,
@@ -259,16 +257,6 @@ def test_compiles_whole() -> None:
     layer = Layer(random_ids(5, 2, 3), 3)
     compiled = torch.compile(grouped_mlp_triton, fullgraph=True, backend="aot_eager")
     for mine, right in zip(layer.results(compiled), layer.results(grouped_mlp_triton), strict=True):
-        assert torch.equal(mine, right)
-
-
-def test_chosen_where_triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer(random_ids(5, 2, 3), 3)
-    if not ON_GPU:
-        for mine, right in zip(layer.results(grouped_mlp), layer.results(grouped_mlp_torch), strict=True):
-            assert torch.equal(mine, right)
-    monkeypatch.setattr(module, "triton_serves", lambda *tensors: True)
-    for mine, right in zip(layer.results(grouped_mlp), layer.results(grouped_mlp_triton), strict=True):
         assert torch.equal(mine, right)
 
 
