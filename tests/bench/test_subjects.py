@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import moerouters
 from moerouters import available
 from moerouters.bench import balance
 from moerouters.bench.balance import DualCase, StepCase, balance_cases, plain_dual
