@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from enum import Enum
+from textwrap import indent
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -35,6 +36,8 @@ class InfoReport(BaseModel):
     state: registry.PluginState
     summary: str
     reference: str
+    equation: str = ""
+    advice: str = ""
     api: str
     capabilities: dict[str, Any]
     config: tuple[ConfigField, ...]
@@ -58,6 +61,9 @@ def info(
         if text:
             typer.echo(f"{label:<10} {text}")
     typer.echo()
+    for text in (indent(report.equation, "    "), report.advice):
+        if text:
+            typer.echo(f"{text}\n")
     print_table(("capability", "value"), [(key, _text(value)) for key, value in report.capabilities.items()])
     if report.config:
         rows = [
@@ -77,6 +83,8 @@ def _report(found: registry.RouterInfo) -> InfoReport:
         state=found.state,
         summary=spec.summary,
         reference=spec.reference,
+        equation=spec.equation,
+        advice=spec.advice,
         api=spec.api,
         # A set has another order in every process; a report should not.
         capabilities={key: sorted(value) if isinstance(value, list) else value for key, value in capabilities.items()},

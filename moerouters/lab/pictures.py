@@ -41,7 +41,11 @@ _MAX_COLUMNS = 200
 
 def colour_of(summaries: Sequence[RouterSummary], label: str) -> tuple[str, str]:
     """(colour, line style) of a router; with more routers than colours the style tells them apart."""
-    index = [summary.label for summary in summaries].index(label)
+    return line_style([summary.label for summary in summaries].index(label))
+
+
+def line_style(index: int) -> tuple[str, str]:
+    """(colour, line style) of the line of that index; 28 differ."""
     return COLOURS[index % len(COLOURS)], _STYLES[index // len(COLOURS) % len(_STYLES)]
 
 

@@ -34,6 +34,10 @@ class RouterSpec(BaseModel):
     capabilities: Capabilities = Capabilities()
     reference: str = ""
     """Paper or page with the equations."""
+    equation: str = ""
+    """What it does to scores, state or loss, in a few lines of plain text."""
+    advice: str = ""
+    """When to use it, and when not; a sentence each."""
     api: str = Field(pattern=r"^\d+\.\d+$")
     """Plugin API it was written for, as a literal: the host's own API_VERSION would always seem to fit."""
     baselines: tuple[Mapping[str, Any], ...] = ()

@@ -39,6 +39,8 @@ SPEC = RouterSpec(
     factory=dict,
     config=RichConfig,
     reference="arXiv:2502.15451",
+    equation="b += u * e\ns + b",
+    advice="For tests. Not for training.",
     api="0.1",
     capabilities=Capabilities(causal=False, balance=MaxViolation(at_most=0.1, after_steps=3)),
 )
@@ -63,6 +65,12 @@ def test_everything_about_one_router(monkeypatch: pytest.MonkeyPatch) -> None:
         "from       (temporary) 0, entry point own = builtins:dict (this process)\n"
         "api        0.1\n"
         "reference  arXiv:2502.15451\n"
+        "\n"
+        "    b += u * e\n"
+        "    s + b\n"
+        "\n"
+        "For tests. Not for training.\n"
+        "\n"
     )
     rows = cells(result)
     assert ["capability", "value"] in rows
