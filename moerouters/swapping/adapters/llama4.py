@@ -7,8 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from moerouters.swapping.adapters.base import Adapter, Body, linear, parts, setting
+from moerouters.swapping.gating import ModelGating, cast
 from moerouters.swapping.reading import Reading
 from moerouters.swapping.stock import Stock
+
+
+class Llama4Gating(ModelGating):
+    """Takes the sigmoid where the stock router does: of all experts, -inf where one was not chosen. With AVX-512 its
+    last bit depends on where in memory a value stands."""
+
+    def _finish(self, chosen_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        chosen_TK = cast(chosen_TK, self._dtype(self.reading.score_dtype))
+        all_TE = chosen_TK.new_full((chosen_TK.shape[0], self.num_experts), -float("inf"))
+        # Largest, not last: an empty slot has the id of an expert that may stand in another slot, and a smaller logit.
+        all_TE = all_TE.scatter_reduce(1, expert_ids_TK, chosen_TK, "amax")
+        return all_TE.float().sigmoid().gather(1, expert_ids_TK)
 
 
 class Llama4Adapter(Adapter):
@@ -16,6 +29,8 @@ class Llama4Adapter(Adapter):
 
     Scores are the sigmoid of the chosen logits and 0 elsewhere. Every expert runs on every token, most on zeros.
     """
+
+    gating = Llama4Gating
 
     def read(self, stock: Stock) -> Reading:
         return Reading(
