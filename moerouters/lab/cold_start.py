@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -54,9 +54,11 @@ class Recipe(BaseModel):
     vocabulary: int = Field(default=32768, ge=1)
     """Token ids follow Zipf's law over that many; only routers that look at ids see them."""
 
-    def gating(self) -> Gating:
-        """Softmax, then top-k: what most open models have."""
-        return Gating.softmax(self.num_experts, self.top_k)
+    def router(self, name: str, config: Mapping[str, Any]) -> Router:
+        """In train mode, under softmax and top-k, what most open models have, or under what its method prescribes."""
+        settings = {"score": "softmax"} | dict(registry.info(name).spec.gating)
+        gating: Gating = getattr(Gating, settings.pop("score"))(self.num_experts, self.top_k, **settings)
+        return registry.build(name, gating, config=config).train()
 
     def batches(self) -> Iterator[Batch]:
         """`steps` training batches, and one more."""
@@ -99,7 +101,7 @@ class RouterStart(BaseModel):
     experts_per_token: float
     """In the last step; K for routers that always take K."""
     kept_score: float
-    """In the last step: mean score of the chosen pairs, over that of plain top-k."""
+    """In the last step: mean softmax score of the chosen pairs, over that of plain top-k."""
     ms: float
     """Of a forward in training mode and the update after it, median over the steps, one thread."""
     relative_ms: float
@@ -121,10 +123,7 @@ class ColdStart(BaseModel):
 def run(recipe: Recipe, routers: str, *, machine: str = "") -> ColdStart:
     """Route the same batches by each of `routers` (as in `compare --routers`); top-k always takes part."""
     named = {label: (name, changes) for label, name, changes in parse_routers(f"{BASELINE},{routers}")}
-    runs = {
-        label: _Run(registry.build(name, recipe.gating(), config=changes).train())
-        for label, (name, changes) in named.items()
-    }
+    runs = {label: _Run(recipe.router(name, changes)) for label, (name, changes) in named.items()}
     order = list(runs)
     for step, batch in enumerate(recipe.batches()):
         if step == recipe.steps:
@@ -161,8 +160,7 @@ class _Run:
         self.max_vio.append(float(max_violation(assignment.load_E)))
         token_ids_N, expert_ids_N, _ = assignment.pairs()
         real_N = expert_ids_N < assignment.num_experts
-        scores_TE = self.router.gating.score(self.router.gating.prepare(batch.logits_TE))
-        chosen_N = scores_TE[token_ids_N[real_N], expert_ids_N[real_N]]
+        chosen_N = batch.logits_TE.softmax(dim=-1)[token_ids_N[real_N], expert_ids_N[real_N]]
         self.pairs, self.score = chosen_N.numel(), float(chosen_N.double().mean())
 
     def result(self, label: str, after: Batch, baseline: _Run) -> RouterStart:

@@ -27,7 +27,8 @@ class Entrant:
 
     def build(self, settings: Settings) -> Router:
         """A fresh router for one layer."""
-        return registry.build(self.name, settings.gating(), config=self.overrides)
+        gating = settings.gating(registry.info(self.name).spec.gating)
+        return registry.build(self.name, gating, config=self.overrides)
 
 
 def named_roster(text: str, settings: Settings) -> list[Entrant]:

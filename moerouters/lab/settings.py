@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -67,17 +68,16 @@ class Settings(BaseModel):
         """Tokens that one optimizer step, and one `Router.update`, sees."""
         return self.micro_batch_size * self.accumulation_steps * self.sequence_length
 
-    def gating(self) -> Gating:
-        """A fresh Gating. Raises ConfigError where E, K and groups do not fit together."""
-        make = {"softmax": Gating.softmax, "sigmoid": Gating.sigmoid, "sqrtsoftplus": Gating.sqrtsoftplus}[self.score]
-        return make(
-            self.num_experts,
-            self.top_k,
-            renormalize=self.renormalize,
-            scale=self.scale,
-            num_groups=self.num_groups,
-            kept_groups=self.kept_groups,
-        )
+    def gating(self, prescribed: Mapping[str, Any] = MappingProxyType({})) -> Gating:
+        """A fresh Gating; `prescribed` goes before these settings (`RouterSpec.gating`).
+
+        Raises ConfigError where E, K and groups do not fit together.
+        """
+        own = self.model_dump(include={"score", "renormalize", "scale", "num_groups", "kept_groups"})
+        settings = own | dict(prescribed)
+        make = getattr(Gating, settings.pop("score"))
+        gating: Gating = make(self.num_experts, self.top_k, **settings)
+        return gating
 
     def override(self, changes: Mapping[str, Any]) -> Settings:
         """These settings with some fields changed, checked as a whole.

@@ -40,5 +40,7 @@ class RouterSpec(BaseModel):
     """When to use it, and when not; a sentence each."""
     api: str = Field(pattern=r"^\d+\.\d+$")
     """Plugin API it was written for, as a literal: the host's own API_VERSION would always seem to fit."""
+    gating: Mapping[str, Any] = {}
+    """Settings of `Gating` that belong to the method, for a model that is built anew for it (`moerouters compare`)."""
     baselines: tuple[Mapping[str, Any], ...] = ()
     """Further settings, beside the defaults, that a comparison should run too (overrides of config fields)."""

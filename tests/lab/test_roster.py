@@ -66,6 +66,15 @@ def test_default_is_everything_and_its_baselines(fresh: Registry) -> None:
     assert "no gating has seven" in skipped[1].reason
 
 
+def test_a_gating_that_belongs_to_the_method_goes_before_the_settings(fresh: Registry) -> None:
+    method = spec("relus").model_copy(update={"gating": {"score": "relu", "renormalize": False}})
+    with registry.temporary(method):
+        (entrant,) = named_roster("relus", SMALL)
+        gating = entrant.build(SMALL).gating.settings
+    assert (gating.score, gating.renormalize) == ("relu", False)
+    assert (gating.num_experts, gating.scale) == (SMALL.num_experts, SMALL.scale)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
