@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# `make compare` leaves the other plug-ins out, which would take it from five minutes to twenty: ROUTERS=..., or
+# `moerouters compare` for all of them.
+ROUTERS ?= topk,loss-controlled,loss-controlled:alpha=0.1,loss-free,bip
 PYTEST_ARGS ?=
 JOBS ?= 2
 
@@ -23,8 +26,8 @@ help:  ## List the targets
 
 install: $(VENV)/.dev  ## Set up .venv with everything that tests and tools need
 
-compare: $(VENV)/.compare  ## Train one small model under every installed router; ARGS="--routers bip,topk"
-	$(BIN)/moerouters compare $(ARGS)
+compare: $(VENV)/.compare  ## Train one small model under five routers; ROUTERS=bip,topk ARGS="--seeds 3"
+	$(BIN)/moerouters compare --routers '$(ROUTERS)' $(ARGS)
 
 test: lint type  ## Check style and types, run the fast tests, demand 95% line coverage
 	$(PYTEST) -m "not slow and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
@@ -44,6 +47,8 @@ type: $(VENV)/.dev  ## Check types
 
 docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from docs/benchmarks and the rules
 	$(BIN)/python -m moerouters.lab.showcase render docs/benchmarks/compare-tiny.json README.md docs/images/compare-tiny.svg
+	$(BIN)/python -m moerouters.lab.cold_start render docs/benchmarks/cold-start.json docs/images/cold-start.svg
+	PYTHONPATH=tests $(BIN)/python -m support.routers_page render docs
 	$(BIN)/python -m moerouters_conformance.docs docs
 	$(BIN)/python -m tests.swap.survey_page docs
 	$(BIN)/python -m tests.dispatch.composition_page docs

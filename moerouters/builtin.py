@@ -31,5 +31,10 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
             factory=TopKRouter,
             capabilities=TopKRouter.capabilities,
             reference="arXiv:1701.06538 (without noise)",
+            equation=("chosen   the K largest scores\nweight   the gating's\n"),
+            advice=(
+                "The baseline of every comparison, and the router of a trained model whose balance is settled. Not "
+                "for training from scratch: without a balancer experts starve."
+            ),
         ),
     )

@@ -61,7 +61,7 @@ def info(
         if text:
             typer.echo(f"{label:<10} {text}")
     typer.echo()
-    for text in (indent(report.equation, "    "), report.advice):
+    for text in (indent(report.equation.rstrip(), "    "), report.advice):
         if text:
             typer.echo(f"{text}\n")
     print_table(("capability", "value"), [(key, _text(value)) for key, value in report.capabilities.items()])

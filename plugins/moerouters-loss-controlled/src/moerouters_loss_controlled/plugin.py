@@ -20,6 +20,14 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
             config=LossControlledConfig,
             capabilities=capabilities_of(LossControlledConfig()),
             reference="arXiv:2101.03961 (Switch), arXiv:2006.16668 (GShard), arXiv:2202.08906 (z-loss)",
+            equation=(
+                "chosen   the K largest scores\n"
+                "loss     alpha * sum_e f_e P_e,  f_e = E / (K T) * (tokens of e),  P_e = mean probability of e\n"
+            ),
+            advice=(
+                "Use it where a paper's or a model's recipe has it, and alpha is tuned: a small one balances late, a "
+                "large one costs quality. Not where every batch has to be balanced."
+            ),
             baselines=({"alpha": 0.1},),
         ),
     )

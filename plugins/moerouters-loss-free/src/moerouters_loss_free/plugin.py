@@ -20,5 +20,13 @@ def moerouters_routers() -> tuple[RouterSpec, ...]:
             config=LossFreeConfig,
             capabilities=LossFreeRouter.capabilities,
             reference="arXiv:2408.15664",
+            equation=(
+                "chosen   the K largest s_te + b_e\n"
+                "update   b_e += rate * sign(mean load - load of e), once per optimizer step\n"
+            ),
+            advice=(
+                "Use it for long trainings where routing has to stay causal and no loss may disturb the language "
+                "loss. Not for short ones: at rate 0.001 the bias takes hundreds to thousands of steps."
+            ),
         ),
     )
