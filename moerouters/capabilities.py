@@ -62,6 +62,8 @@ class Capabilities(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     assignment: AssignmentKind = AssignmentKind.SLOTS
+    eval_assignment: AssignmentKind | None = None
+    """The shape in eval mode, where it is another than in training; None: the same."""
     state: StateAlgebra = StateAlgebra.STATELESS
     load_scope: LoadScope = LoadScope.NONE
     compile: CompileSupport = CompileSupport.FULLGRAPH

@@ -70,3 +70,11 @@ class RecomputeError(MoeroutersError, RuntimeError):
 
 class DispatchError(MoeroutersError, RuntimeError):
     """Tokens could not be exchanged between ranks: one of them died, hangs, or disagrees on what is sent."""
+
+
+class ScheduleError(MoeroutersError, ValueError):
+    """A pipeline schedule cannot run: a task is missing, misplaced, out of order, or waits for ever."""
+
+
+class PipelineError(MoeroutersError, RuntimeError):
+    """A pipeline stopped in the middle of a step: a rank died, hangs, or disagrees on what is sent."""

@@ -66,12 +66,13 @@ class FirstPasses:
     def recall(
         self, logits_TE: Tensor, ctx: RouteContext, *, kind: AssignmentKind
     ) -> tuple[RouteContext, FirstPass | None]:
-        """Outside of backward ctx as it is. Inside, ctx with the ids of the first pass, and that pass.
+        """Outside of backward, and where all experts are taken, ctx as it is. Else ctx with the ids of the first pass,
+        and that pass.
 
         Waits for the device then, to look digests up. Raises RecomputeError where no pass had these logits, or several
         had and chose differently; UnsupportedError for a router whose choice is not [T, K] ids.
         """
-        if not inside_backward():
+        if not inside_backward() or kind is AssignmentKind.DENSE:  # nothing was chosen
             return ctx, None
         if kind is not AssignmentKind.SLOTS:
             raise UnsupportedError(

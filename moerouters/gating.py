@@ -128,6 +128,15 @@ class Gating(StatefulModule):
         settings = {"renormalize": False} | settings
         return cls._make(num_experts=num_experts, top_k=top_k, score="relu", **settings)
 
+    @classmethod
+    def of(cls, num_experts: int, top_k: int, *, score: str = "softmax", **settings: Any) -> Self:
+        """By name: softmax, sigmoid, sqrtsoftplus, softmax_after_topk or relu; as `RouterSpec.gating` has it."""
+        names = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_after_topk", "relu")
+        if score not in names:
+            raise ConfigError(f"no gating is called {score!r}.", why=f"there is: {', '.join(names)}", fix="pick one")
+        gating: Self = getattr(cls, score)(num_experts, top_k, **settings)
+        return gating
+
     @property
     def num_experts(self) -> int:
         return self.settings.num_experts

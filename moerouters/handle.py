@@ -221,12 +221,15 @@ def _expect_distinct_tokens(layers: Mapping[str, RoutedModule]) -> None:
     """ConfigError where stats are to be summed over the world, and a layer's dispatcher has ranks with equal tokens."""
     for name, layer in layers.items():
         dispatcher = getattr(layer, "dispatcher", None)
-        if dispatcher is not None and dispatcher.replicated and dispatcher.num_ranks > 1:
+        if dispatcher is None:
+            continue
+        copies = dispatcher.num_ranks if dispatcher.replicated else getattr(dispatcher, "slices", 1)
+        if copies > 1:
             raise ConfigError(
-                f"layer '{name or type(layer).__name__}' holds the same tokens on {dispatcher.num_ranks} ranks, and "
-                "attach was given no token_group.",
+                f"layer '{name or type(layer).__name__}' holds the same tokens on {copies} ranks, and attach was given "
+                "no token_group.",
                 where=type(dispatcher).__name__,
-                why=f"over the whole world each of these tokens would count {dispatcher.num_ranks} times",
+                why=f"over the whole world each of these tokens would count {copies} times",
                 fix="pass the ranks with distinct tokens, for instance token_group=mesh['dp'].get_group()",
             )
 

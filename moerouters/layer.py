@@ -19,6 +19,7 @@ from moerouters.autocast import no_autocast
 from moerouters.capacity import DropPolicy, limit_capacity
 from moerouters.dispatch.base import Dispatcher
 from moerouters.dispatch.local import LocalDispatcher
+from moerouters.dispatch.places import Places
 from moerouters.dispatch.run import through_experts
 from moerouters.errors import ConfigError, ShapeError
 from moerouters.experts import GroupedExperts
@@ -101,21 +102,26 @@ class MoELayer(RoutedModule):
             capacity=capacity,
             chunks=self.chunks,
             beside=None if self.shared is None else self._shared,
+            places=self.places,
         )
         return MoEOutput(y_TD.to(x.dtype).reshape(x.shape), assignment)
 
-    def set_dispatcher(self, dispatcher: Dispatcher, *, chunks: int = 1) -> None:
+    def set_dispatcher(self, dispatcher: Dispatcher, *, chunks: int = 1, places: Places | None = None) -> None:
         """Let tokens travel by `dispatcher`, in `chunks` parts. The experts stay as they are: they must be those that
-        live on this rank. Raises ConfigError where their number cannot be."""
-        num_experts, here = self.router.gating.num_experts, self.experts.up_eFD.shape[0]
-        if here * dispatcher.num_ranks != num_experts:
+        live on this rank; places says which, where they are no contiguous block. Raises ConfigError where their number
+        cannot be."""
+        num_experts, here = self.router.gating.num_experts, self.experts.num_experts
+        slices = getattr(dispatcher, "slices", 1)
+        spread_over = dispatcher.num_ranks // slices
+        wanted = num_experts if places is None else places.num_places
+        if here * spread_over != wanted or slices != self.experts.slices:
             raise ConfigError(
                 f"the layer holds {here} experts, the dispatcher reaches {dispatcher.num_ranks} ranks, and the router "
-                f"chooses among {num_experts}.",
+                f"chooses among {num_experts}" + ("." if places is None else f", placed in {places.num_places} slots."),
                 why="every rank of the group holds num_experts / ranks experts",
                 fix="let moerouters.shard_experts(model, group) split the experts and set the dispatcher",
             )
-        self.dispatcher, self.chunks = dispatcher, chunks
+        self.dispatcher, self.chunks, self.places = dispatcher, chunks, places
         self._through_experts = through_experts
         if dispatcher.num_ranks > 1:
             from moerouters.dispatch.eager import through_experts_eager

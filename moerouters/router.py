@@ -29,7 +29,7 @@ class Router(StatefulModule):
 
     `forward` is pure: the same input, state and context give the same bits, and nothing is written. State changes only
     in `update`, once per optimizer step. In every stage `ctx.valid_T` is a tensor: False for padding and for tokens
-    whose logits are not finite.
+    whose logits are not finite; and `ctx.logits_TE` holds the logits in the compute dtype.
     """
 
     capabilities: Capabilities = Capabilities()
@@ -143,7 +143,7 @@ class Router(StatefulModule):
         logits_TE = self.gating.prepare(raw_TE)
         finite_T = finite_rows(raw_TE.detach())  # before the soft cap, which makes infinity finite
         valid_T = finite_T if ctx.valid_T is None else finite_T & ctx.valid_T
-        return logits_TE, self.gating.score(logits_TE), finite_T, replace(ctx, valid_T=valid_T)
+        return logits_TE, self.gating.score(logits_TE), finite_T, replace(ctx, valid_T=valid_T, logits_TE=logits_TE)
 
     def _fuses(self, raw_TE: Tensor, ctx: RouteContext) -> bool:
         """Whether one operator does it all: stages and gating are those of core, and nobody reads what lies between.

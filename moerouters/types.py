@@ -44,6 +44,9 @@ class RouteContext:
     """int64 [n], what noise is drawn from (seed, step, micro-batch, layer, ...): the same key gives the same noise."""
     forced_ids_TK: Tensor | None = None
     """int64 [T, K], the assignment to use (replay, recompute, tests): nothing is solved, selected or observed."""
+    logits_TE: Tensor | None = None
+    """[T, E], the logits as the gating prepared them (`Routing.logits_TE`): in every stage the router's own doing, for
+    noise and probability masses, which scores no longer show. Callers leave it out."""
 
     def need(self, name: str, *, router: str) -> Any:
         """Return the named field, or raise ContextError saying which router misses what."""
@@ -93,6 +96,9 @@ class Selection:
     token_ids_N: Tensor | None = None
     cutoff_T: Tensor | None = None
     """The (K+1)-th largest adjusted score; -inf where a token had no further candidate; None if never computed."""
+    solved: Tensor | None = None
+    """What `select` worked out on the way (prices, thresholds) and `observe` is to report, so that nothing is solved
+    twice; of any shape without T."""
 
     @classmethod
     def slots(cls, expert_ids_TK: Tensor, cutoff_T: Tensor | None = None) -> Selection:

@@ -1,5 +1,6 @@
 """The template: what every router gets, and what it may not do."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ def test_the_stages_in_order_and_what_they_get() -> None:
     assert not with_gradient
     assert not scores_TE.requires_grad
     assert ctx.valid_T.tolist() == [True] * T
+    assert ctx.logits_TE is router.given("losses")[0].logits_TE
     torch.testing.assert_close(router.given("adjust")[0], logits_TE.detach().sigmoid() + torch.linspace(0, 1, E))
     routing = router.given("losses")[0]
     assert routing is router.given("observe")[0]
@@ -224,6 +226,16 @@ def test_pairs_have_no_slots_in_a_routing() -> None:
     router(logits_of()).validate()
     with pytest.raises(AssertionError, match="pairs have no"):
         _ = router.given("losses")[0].expert_ids_TK
+
+
+def test_what_select_solved_reaches_observe() -> None:
+    class Solving(Noting):
+        def select(self, adjusted_TE: Tensor, ctx: RouteContext) -> Selection:
+            return replace(super().select(adjusted_TE, ctx), solved=torch.arange(E))
+
+    router = Solving(Gating.sigmoid(E, K))
+    router(logits_of(), RouteContext(valid_T=torch.arange(T) != 1))  # padding rewrites the selection
+    assert router.given("observe")[0].selection.solved.tolist() == list(range(E))
 
 
 def test_update_of_a_router_without_one_does_nothing() -> None:

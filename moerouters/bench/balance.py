@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from moerouters.bench.case import Build, Case, Request, Run, Unavailable
+from moerouters.bench.routing import context, router_of
 from moerouters.bench.timing import Ratio, median_of
 from moerouters.bench.weights import normal
 from moerouters.errors import MoeroutersError
-from moerouters.kernels.dual import dual_update
+from moerouters.kernels.dual import dual_update, overshoot
 
 STEP, DUAL = "step", "dual"
 LAYER = "layer"
@@ -55,13 +57,14 @@ class StepCase(Case):
         return {"layer_step": median_of([(mine - plain) / layer for mine, plain, layer in rounds])}
 
     def _step(self, name: str, width: int, expert_size: int) -> Run:
-        from moerouters import Gating, MoELayer, attach, build
+        from moerouters import MoELayer, attach
 
         dtype = self.request.torch_dtype
         torch.manual_seed(0)
         try:
-            router = build(name, Gating.softmax(self.shape.E, self.shape.K))
-            layer = MoELayer(router, hidden_size=width, expert_size=expert_size).to(self.device, dtype)
+            layer = MoELayer(router_of(name, self.shape), hidden_size=width, expert_size=expert_size).to(
+                self.device, dtype
+            )
             optimizer = torch.optim.SGD([layer.gate.weight], lr=0.0)
             attach(optimizer, layer)
         except MoeroutersError as error:
@@ -69,8 +72,10 @@ class StepCase(Case):
         x_TD = normal(self.shape.T, width, device=self.device, dtype=dtype).requires_grad_()
         grad_TD = normal(self.shape.T, width, device=self.device, dtype=dtype, seed=2)
 
+        ctx = replace(context(self.shape, device=self.device), hidden_TD=x_TD.detach())
+
         def run() -> None:
-            hidden, assignment = layer(x_TD)
+            hidden, assignment = layer(x_TD, ctx)
             losses = list(assignment.losses.values())
             torch.autograd.backward([hidden, *losses], [grad_TD, *(torch.ones_like(loss) for loss in losses)])
             optimizer.step()
@@ -118,17 +123,22 @@ class DualCase(Case):
 
 
 def plain_dual(scores_TE: Tensor, *, top_k: int, iterations: int) -> Tensor:
-    """q_E of BIP (arXiv:2502.15451), thresholds halfway between neighbours, with torch's order statistics. K < E."""
+    """q_E of BIP (arXiv:2502.15451), thresholds halfway between neighbours and steps that go further near balance, with
+    torch's order statistics. K < E."""
     T, E = scores_TE.shape
     doubled = 2 * T * top_k + E
     rank, fraction = doubled // (2 * E), torch.tensor(doubled % (2 * E)).to(scores_TE) / (2 * E)
     q_E = scores_TE.new_zeros(E)
-    for _ in range(iterations):
+    tokens = torch.tensor(T, device=scores_TE.device)
+    for n in range(iterations):
         top_TK = (scores_TE - q_E).topk(top_k + 1, dim=-1).values
         p_T = (top_TK[:, -2] + top_TK[:, -1]) / 2
         excess_ET = (scores_TE - p_T.unsqueeze(1)).t().contiguous()
         upper_E = excess_ET.kthvalue(T - rank + 1, dim=1).values
         lower_E = excess_ET.kthvalue(T - rank, dim=1).values
-        q_E = upper_E + (lower_E - upper_E) * fraction
-        q_E = q_E - q_E.mean()
+        new_E = upper_E + (lower_E - upper_E) * fraction
+        if n:
+            wanted_E = (excess_ET > q_E.unsqueeze(1)).sum(dim=1)
+            new_E = new_E + overshoot(wanted_E, tokens, top_k).to(new_E.dtype) * (new_E - q_E)
+        q_E = new_E - new_E.mean()
     return q_E

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moerouters.bench.case import Build, Case, Request, Run, Unavailable
+from moerouters.bench.routing import context, router_of
 from moerouters.bench.shapes import Shape
 from moerouters.bench.weights import normal
 from moerouters.errors import MoeroutersError
@@ -52,13 +53,10 @@ class RouterCase(Case):
         return normal(self.shape.T, self.shape.E, device=self.device).requires_grad_(self.passes == BOTH)
 
     def _router(self, name: str) -> Run:
-        from moerouters import Gating, RouteContext, build
 
-        token_ids_T = torch.arange(self.shape.T, device=self.device) % 1024
-        hidden_TD = normal(self.shape.T, 8, device=self.device)
-        ctx = RouteContext(token_ids_T=token_ids_T, hidden_TD=hidden_TD)
+        ctx = context(self.shape, device=self.device)
         try:
-            router = build(name, Gating.softmax(self.shape.E, self.shape.K)).to(self.device).train()
+            router = router_of(name, self.shape).to(self.device).train()
         except MoeroutersError as error:
             raise Unavailable(str(error).splitlines()[0]) from error
 

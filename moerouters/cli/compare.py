@@ -37,10 +37,14 @@ def compare(
     expert_parallel: Annotated[
         int, typer.Option(min=1, metavar="N", help="Spread the experts over groups of N ranks, under torchrun.")
     ] = 1,
+    model_parallel: Annotated[
+        int, typer.Option(min=1, metavar="M", help="Cut each expert over M of them; needs --dispatcher mesh3d.")
+    ] = 1,
     dispatcher: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="How tokens reach them: auto, all_to_all, all_gather, padded or tensor_sliced."
+            metavar="NAME",
+            help="How tokens reach them: auto, all_to_all, all_gather, hierarchical, mesh3d, padded or tensor_sliced.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -73,6 +77,7 @@ def compare(
             settings={name: value for name, value in options.items() if value is not None},
             changes=tuple(changes or ()),
             expert_parallel=expert_parallel,
+            model_parallel=model_parallel,
             dispatcher=dispatcher,
             device=device,
             output=output,

@@ -31,11 +31,12 @@ def gather_headers(own_H: Tensor, site: Site) -> Tensor:
     return headers_WH
 
 
-def expect_agreement(headers_WH: Tensor, rows: Tensor, site: Site) -> None:
-    """Raise DispatchError, naming the ranks, unless every header equals that of `rows`. Reads them on the host."""
+def expect_agreement(headers_WH: Tensor, rows: Tensor, site: Site, *, first: int = 0) -> None:
+    """Raise DispatchError, naming the ranks, unless every header equals that of `rows`. Reads them on the host. The
+    headers are those of neighbours, of which the first has that number."""
     own = header(rows, headers_WH.device).tolist()
     others = headers_WH.tolist()
-    different = [f"rank {rank} sends {_form(found)}" for rank, found in enumerate(others) if found != own]
+    different = [f"rank {rank} sends {_form(found)}" for rank, found in enumerate(others, first) if found != own]
     if different:
         raise DispatchError(
             f"ranks disagree on what a token is: {'; '.join(different)}; here it is {_form(own)}.",

@@ -87,6 +87,8 @@ class OverRanks:
     """What every back-end over the ranks of a Site has in common; by default they hold different tokens."""
 
     replicated = False
+    slices = 1
+    """Over how many ranks each expert is cut; these hold the same tokens."""
 
     def __init__(self, site: Site) -> None:
         self.site = site

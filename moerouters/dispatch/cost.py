@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -151,25 +152,31 @@ def measure(group: dist.ProcessGroup, *, device: torch.device | None = None, rep
         device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
     site = Site(group, backend="measure")
 
-    def line(exchange_of: Callable[[int], Exchange], blocks: int) -> Line:
-        best = [_best_s(exchange_of(n), torch.zeros(blocks * n, device=device), repeats) for n in (1, _LARGE)]
-        slowest = torch.tensor(best, dtype=torch.float64, device=device)
-        with site.guarded("the comparison of measured speeds"):
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-        small_s, large_s = slowest.tolist()
-        sent = 4 * _LARGE * max(site.num_ranks - 1, 1)
-        return Line(small_s, sent / max(large_s - small_s, 1e-9))
-
     def all_to_all(n: int) -> Exchange:
         sizes = [n] * site.num_ranks
         return AllToAll(site, send=sizes, receive=sizes)
 
+    line = partial(measure_line, site, device=device, repeats=repeats)
     return replace(
         default_speeds(device),
-        all_to_all=line(all_to_all, site.num_ranks),
-        all_gather=line(lambda n: AllGather(site), 1),
-        reduce_scatter=line(lambda n: ReduceScatter(site), site.num_ranks),
+        all_to_all=line(all_to_all, blocks=site.num_ranks),
+        all_gather=line(lambda n: AllGather(site), blocks=1),
+        reduce_scatter=line(lambda n: ReduceScatter(site), blocks=site.num_ranks),
     )
+
+
+def measure_line(
+    site: Site, exchange_of: Callable[[int], Exchange], *, blocks: int, device: torch.device, repeats: int
+) -> Line:
+    """The line of one exchange, of which exchange_of(n) sends n float32 numbers to each other rank, out of blocks * n
+    that it is given. A collective; the slowest rank counts."""
+    best = [_best_s(exchange_of(n), torch.zeros(blocks * n, device=device), repeats) for n in (1, _LARGE)]
+    slowest = torch.tensor(best, dtype=torch.float64, device=device)
+    with site.guarded("the comparison of measured speeds"):
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=site.group)
+    small_s, large_s = slowest.tolist()
+    sent = 4 * _LARGE * max(site.num_ranks - 1, 1)
+    return Line(small_s, sent / max(large_s - small_s, 1e-9))
 
 
 def _best_s(exchange: Exchange, rows: Tensor, repeats: int) -> float:

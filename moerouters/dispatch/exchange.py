@@ -119,24 +119,20 @@ class AllGather(Exchange):
     """[R, ...] of every rank, alike in shape, to [num_ranks * R, ...]. Backward sums what ranks made of each row."""
 
     def forth(self, rows: Tensor) -> Started:
-        result = rows.new_empty(self.site.num_ranks * rows.shape[0], *rows.shape[1:])
-        return result, all_gather_single(result, rows, group=self.site.group, async_op=True)
+        return _gathered(rows, self.site)
 
     def back(self, grad: Tensor) -> Started:
-        result = grad.new_empty(grad.shape[0] // self.site.num_ranks, *grad.shape[1:])
-        return result, _reduce_scatter_single(result, grad, group=self.site.group, async_op=True)
+        return _scattered_sum(grad, self.site)
 
 
 class ReduceScatter(Exchange):
     """[num_ranks * R, ...] of every rank, summed, each rank keeping its block [R, ...]."""
 
     def forth(self, rows: Tensor) -> Started:
-        result = rows.new_empty(rows.shape[0] // self.site.num_ranks, *rows.shape[1:])
-        return result, _reduce_scatter_single(result, rows, group=self.site.group, async_op=True)
+        return _scattered_sum(rows, self.site)
 
     def back(self, grad: Tensor) -> Started:
-        result = grad.new_empty(grad.shape[0] * self.site.num_ranks, *grad.shape[1:])
-        return result, all_gather_single(result, grad, group=self.site.group, async_op=True)
+        return _gathered(grad, self.site)
 
 
 class EnterRegion(Exchange):
@@ -163,6 +159,45 @@ class LeaveRegion(Exchange):
 
     def back(self, grad: Tensor) -> Started:
         return grad, None
+
+
+class ScatterRegion(Exchange):
+    """[num_ranks * R, ...] that all ranks hold alike to each rank's own block [R, ...]; backward gathers the blocks.
+
+    "Scatter to tensor-parallel region" of Megatron-LM (arXiv:1909.08053).
+    """
+
+    def forth(self, rows: Tensor) -> Started:
+        return _own_block(rows, self.site), None
+
+    def back(self, grad: Tensor) -> Started:
+        return _gathered(grad, self.site)
+
+
+class GatherRegion(Exchange):
+    """[R, ...] of every rank, alike in shape, to [num_ranks * R, ...], with which all ranks then do the same: backward
+    takes the own block of the gradient, which each rank holds whole, and sums nothing."""
+
+    def forth(self, rows: Tensor) -> Started:
+        return _gathered(rows, self.site)
+
+    def back(self, grad: Tensor) -> Started:
+        return _own_block(grad, self.site), None
+
+
+def _gathered(rows: Tensor, site: Site) -> Started:
+    result = rows.new_empty(site.num_ranks * rows.shape[0], *rows.shape[1:])
+    return result, all_gather_single(result, rows, group=site.group, async_op=True)
+
+
+def _scattered_sum(rows: Tensor, site: Site) -> Started:
+    result = rows.new_empty(rows.shape[0] // site.num_ranks, *rows.shape[1:])
+    return result, _reduce_scatter_single(result, rows, group=site.group, async_op=True)
+
+
+def _own_block(rows: Tensor, site: Site) -> Tensor:
+    length = rows.shape[0] // site.num_ranks
+    return rows[site.rank * length : (site.rank + 1) * length]
 
 
 def _summed(rows: Tensor, site: Site) -> Started:

@@ -11,6 +11,8 @@ BACKENDS = {
     "all_gather": "AllGatherDispatcher",
     "all_to_all": "AllToAllDispatcher",
     "auto": "AutoDispatcher",
+    "hierarchical": "HierarchicalDispatcher",
+    "mesh3d": "Mesh3dDispatcher",
     "padded": "PaddedDispatcher",
     "tensor_sliced": "TensorSlicedDispatcher",
 }

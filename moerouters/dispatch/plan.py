@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moerouters.capabilities import AssignmentKind
+from moerouters.dispatch.places import Places
 from moerouters.kernels.counting_sort import counting_sort
 from moerouters.kernels.permute import gather_rows
 from moerouters.types import Assignment
@@ -17,7 +18,8 @@ class DispatchPlan:
     """The N pairs of an assignment, stably sorted by expert; empty pairs stand last and belong to no expert.
 
     Experts are numbered so that each rank of a group holds a contiguous block; so rows in this order are also sorted by
-    rank, and what goes to one rank is one slice.
+    rank, and what goes to one rank is one slice. Where a placement says who lives where, they are numbered by place,
+    and every replica counts as an expert.
     """
 
     num_tokens: int
@@ -49,14 +51,18 @@ class DispatchPlan:
         return x_TD.index_select(0, token_ids_R)
 
 
-def make_plan(assignment: Assignment, *, capacity: int | None = None) -> DispatchPlan:
-    """Order the pairs of an assignment by expert. `capacity` is what its experts were limited to, if they were."""
+def make_plan(assignment: Assignment, *, capacity: int | None = None, places: Places | None = None) -> DispatchPlan:
+    """Order the pairs of an assignment by expert. `capacity` is what its experts were limited to, if they were; places:
+    where they live, if not in order of their ids."""
     token_ids_N, expert_ids_N, _ = assignment.pairs()
-    pairs = counting_sort(expert_ids_N, assignment.num_experts)
+    num_experts = assignment.num_experts
+    if places is not None:
+        num_experts, expert_ids_N = places.num_places, places(expert_ids_N)
+    pairs = counting_sort(expert_ids_N, num_experts)
     by_slot = assignment.kind is not AssignmentKind.PAIRS
     return DispatchPlan(
         num_tokens=assignment.num_tokens,
-        num_experts=assignment.num_experts,
+        num_experts=num_experts,
         slots_per_token=assignment.expert_ids.shape[1] if by_slot else None,
         capacity=capacity,
         token_ids_N=token_ids_N,

@@ -12,6 +12,7 @@ from moerouters.capabilities import AssignmentKind
 from moerouters.dispatch.agreement import expect_results
 from moerouters.dispatch.base import Arrival, Dispatcher, Pending
 from moerouters.dispatch.local import LocalDispatcher
+from moerouters.dispatch.places import Places
 from moerouters.dispatch.plan import make_plan
 from moerouters.types import Assignment
 
@@ -28,22 +29,27 @@ def through_experts(
     capacity: int | None = None,
     chunks: int = 1,
     beside: Callable[[Tensor], Tensor] | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """y_TD, for every token the weighted sum of its experts' results; in the weights' dtype.
 
     beside: a shared expert, computed while tokens travel, and added. chunks: the tokens go in that many parts, so one
     part's experts work while another travels; results are the same but for the order of sums in weight gradients. Every
-    rank makes the same number of exchanges, whatever tokens it has. capacity: see DispatchPlan.
+    rank makes the same number of exchanges, whatever tokens it has. capacity, places: see make_plan.
     """
+    if isinstance(dispatcher, LocalDispatcher) and places is None and dispatcher.is_dense(experts, assignment):
+        y_TD = dispatcher.through_all(experts, x_TD, assignment)
+        return y_TD if beside is None else y_TD + beside(x_TD)
     if isinstance(dispatcher, LocalDispatcher) and dispatcher.fuses(experts, x_TD, assignment):
-        y_TD = dispatcher.through(experts, x_TD, make_plan(assignment, capacity=capacity), assignment.weights)
+        plan = make_plan(assignment, capacity=capacity, places=places)
+        y_TD = dispatcher.through(experts, x_TD, plan, assignment.weights)
         return y_TD if beside is None else y_TD + beside(x_TD)
 
     parts = [(x_TD, assignment)] if chunks == 1 else list(_split(x_TD, assignment, chunks))
 
     def dispatched(index: int) -> Pending[Arrival]:
         x_tD, part = parts[index]
-        return dispatcher.dispatch(x_tD, make_plan(part, capacity=capacity))
+        return dispatcher.dispatch(x_tD, make_plan(part, capacity=capacity, places=places))
 
     coming = dispatched(0)
     beside_TD = None if beside is None else beside(x_TD)

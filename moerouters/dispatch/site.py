@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from moerouters.dispatch.diagnosis import whereabouts
 from moerouters.errors import ConfigError, DispatchError
@@ -23,6 +24,8 @@ class Site:
     """Name of the layer in its model, for messages."""
     backend: str = ""
     """Name of the dispatcher, for messages."""
+    mesh: DeviceMesh | None = None
+    """The ranks of the group in more than one dimension, for a back-end that tells them apart; None: in one."""
 
     @property
     def num_ranks(self) -> int:

@@ -5,6 +5,9 @@
 A step takes for each token a p between the K-th and the (K+1)-th largest of s - q, then for each expert a new q between
 the c-th and the (c+1)-th largest of s - p, c = n K / E (coordinate descent on the dual; arXiv:2502.15451 and, with one
 step per batch, quantile balancing). Tokens then go to the K largest s - q.
+
+A step finds each q as if the p of its tokens stood still, though they move along by half of it, on the tokens between
+two experts. So it falls short, and steps after the first go further (`overshoot`; plugins/moerouters-bip/SOLVERS.md).
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from moerouters.kernels.workspace import borrowed
 
 Array = npt.NDArray[Any]
 
+FURTHER = 0.6
+"""By which share of its length a step goes further where experts are equally wanted."""
+
 
 def dual_update(
     scores_TE: Tensor, dual_E: Tensor, *, top_k: int, iterations: int, centred: bool, valid_T: Tensor | None = None
@@ -30,7 +36,8 @@ def dual_update(
     """q after `iterations` steps from dual_E; [E], in the dtype of the scores (float32 or float64). No gradient.
 
     centred: thresholds in the middle of the gap between the two order statistics (on the line through them where
-    n K / E is not whole), and the mean of q kept at 0. Otherwise on the lower one, clipped at 0, as published.
+    n K / E is not whole), steps after the first go further, and the mean of q is kept at 0. Otherwise thresholds on the
+    lower one, clipped at 0, as published.
     valid_T: bool [T], tokens that count; what the others hold is never read, and those that count hold neither NaN nor
     +inf. Left out as well are tokens with fewer than K+1 scores above -inf. Without any token, or with K = E, dual_E
     comes back; an expert that has no score above -inf keeps its q. No host synchronisation on a GPU.
@@ -65,6 +72,17 @@ def _(scores_TE: Tensor, dual_E: Tensor, valid_T: Tensor | None, top_k: int, ite
     return torch.empty_like(dual_E)
 
 
+def overshoot(wanted_E: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    """float64 0-d in [0, FURTHER]: the share of its length by which a step goes further, from the bids above q.
+
+    wanted_E: int64, tokens whose s - p exceeds q; tokens: int64 0-d, those that count. The more the one expert that is
+    wanted most, or least, is off its n K / E, the less: far from balance a longer step lands anywhere.
+    """
+    whole = (tokens * top_k).clamp_min(1)
+    off = (wanted_E.shape[0] * wanted_E - whole).abs().max()
+    return (FURTHER - off.double() / whole.double()).clamp_min(0)
+
+
 def dual_update_torch(
     scores_TE: Tensor, dual_E: Tensor, *, top_k: int, iterations: int, centred: bool, valid_T: Tensor | None = None
 ) -> Tensor:
@@ -73,7 +91,7 @@ def dual_update_torch(
     q_E = dual_E.to(scores_TE.dtype)
     if T == 0 or top_k >= E:
         return q_E
-    for _ in range(iterations):
+    for n in range(iterations):
         upper_T, lower_T = (scores_TE - q_E).sort(dim=1, descending=True).values[:, top_k - 1 : top_k + 1].unbind(1)
         counted_T = lower_T > LOWEST if valid_T is None else valid_T & (lower_T > LOWEST)
         p_T = (upper_T + lower_T) / 2 if centred else lower_T.clamp_min(0)
@@ -91,6 +109,9 @@ def dual_update_torch(
             doubled = 2 * tokens * top_k + E
             rank, fraction = doubled // (2 * E), (doubled % (2 * E)).to(q_E.dtype) / (2 * E)
             new_E = at(rank - 1) + (at(rank) - at(rank - 1)) * fraction
+            if n:
+                further = overshoot((bids_TE > q_E).sum(dim=0), tokens, top_k).to(q_E.dtype)
+                new_E = new_E + further * (new_E - q_E)
         else:
             new_E = at(tokens * top_k // E).clamp_min(0)
         q_E = torch.where((places_E > 0) & (tokens > 0), new_E, q_E)
@@ -114,7 +135,7 @@ def _dual_update_numpy(
     with borrowed(shapes) as buffers, np.errstate(all="ignore"):
         buffers[0].copy_(scores_TE.t())
         s_ET, bids, work = (buffer.numpy() for buffer in buffers)
-        for _ in range(iterations):
+        for n in range(iterations):
             upper_T, lower_T = token_cutoffs(s_ET, q_E, top_k, work)
             counted_T = lower_T > LOWEST
             if not counted_T.all():  # they stay away: how many scores of a token are -inf does not depend on q
@@ -125,10 +146,13 @@ def _dual_update_numpy(
             p_T = (upper_T + lower_T) / 2 if centred else np.maximum(lower_T, 0)
             if centred:
                 rank, rest = divmod(2 * tokens * top_k + E, 2 * E)
-                (upper_E, lower_E), any_E = _bids_at(s_ET, p_T, rank - 1, 2, bids)
+                (upper_E, lower_E), any_E, wanted_E = _bids_at(s_ET, p_T, rank - 1, 2, bids, above_E=q_E if n else None)
                 new_E = upper_E + (lower_E - upper_E) * (kind(rest) / kind(2 * E))
+                if n:  # as `overshoot`
+                    off = int(abs(E * wanted_E - tokens * top_k).max())
+                    new_E += kind(max(FURTHER - off / (tokens * top_k), 0.0)) * (new_E - q_E)
             else:
-                (lower_E,), any_E = _bids_at(s_ET, p_T, tokens * top_k // E, 1, bids)
+                (lower_E,), any_E, _ = _bids_at(s_ET, p_T, tokens * top_k // E, 1, bids)
                 new_E = np.maximum(lower_E, 0)
             q_E = np.where(any_E, new_E, q_E)
             if centred:
@@ -136,14 +160,19 @@ def _dual_update_numpy(
     return torch.from_numpy(q_E)
 
 
-def _bids_at(s_ET: Array, p_T: Array, place: int, count: int, bids: Array) -> tuple[Array, Array]:
-    """`falling_in_place` of s - p, as many experts at a time as `bids` has rows."""
+def _bids_at(
+    s_ET: Array, p_T: Array, place: int, count: int, bids: Array, *, above_E: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """`falling_in_place` of s - p, as many experts at a time as `bids` has rows, and how many exceed above_E."""
     E, T = s_ET.shape
     step = len(bids)
-    found, any_E = np.empty((count, E), s_ET.dtype), np.empty(E, bool)
+    found, any_E, exceeding_E = np.empty((count, E), s_ET.dtype), np.empty(E, bool), np.zeros(E, np.int64)
     for first in range(0, E, step):
         some = slice(first, min(first + step, E))
         some_bids = bids[: some.stop - first, :T]
         np.subtract(s_ET[some], p_T, out=some_bids)
+        if above_E is not None:  # row by row: counting along an axis takes twice as long
+            rows = zip(some_bids, above_E[some], strict=True)
+            exceeding_E[some] = [np.count_nonzero(row > above) for row, above in rows]
         found[:, some], any_E[some] = falling_in_place(some_bids, place, count)
-    return found, any_E
+    return found, any_E, exceeding_E

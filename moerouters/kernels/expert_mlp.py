@@ -115,11 +115,13 @@ def _gradients(
     inverse_N: Tensor | None,
     load_e: Tensor,
     hidden_RF: Tensor,
+    product_RA: Tensor | None,
     activation: str,
     wanted: list[bool],
+    keep_product: bool,
 ) -> list[Tensor]:
     experts = _experts(up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, activation)
-    return expert_mlp_cpu.backward(grad_y_MD, x_MD, hidden_RF, experts, wanted)
+    return expert_mlp_cpu.backward(grad_y_MD, x_MD, hidden_RF, experts, wanted, product_RA, keep_product)
 
 
 @_gradients.register_fake
@@ -133,16 +135,23 @@ def _(
     inverse_N: Tensor | None,
     load_e: Tensor,
     hidden_RF: Tensor,
+    product_RA: Tensor | None,
     activation: str,
     wanted: list[bool],
+    keep_product: bool,
 ) -> list[Tensor]:
     inputs = (x_MD, up_eFD, down_eDF, weights_TK)
-    return [x.new_empty(x.shape) for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+    found = [x.new_empty(x.shape) for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+    if keep_product:
+        dtype = expert_mlp_cpu.compute_dtype(up_eFD.dtype)
+        found.append(x_MD.new_empty(hidden_RF.shape[0], down_eDF.shape[2], dtype=dtype))
+    return found
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.product = None
     ctx.set_materialize_grads(False)  # else backward would fill a gradient for hidden_RF with zeros
 
 
@@ -151,10 +160,23 @@ def _backward(ctx: Any, grad_y_MD: Tensor | None, _: Tensor | None) -> tuple[Ten
     wanted = [grad_y_MD is not None and is_wanted(ctx, index) for index in range(4)]
     found: list[Tensor] = []
     if grad_y_MD is not None and any(wanted):
-        tensors = (grad_y_MD, x_MD, up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, hidden_RF)
-        found = _gradients(*tensors, ctx.activation, wanted)
+        product_RA = _product_for(ctx, grad_y_MD)
+        # A later pass through this graph may want the weights' gradients: a pipeline that runs halves apart.
+        keep = wanted[0] and not wanted[1] and ctx.needs_input_grad[1] and product_RA is None
+        tensors = (grad_y_MD, x_MD, up_eFD, down_eDF, weights_TK, order_N, inverse_N, load_e, hidden_RF, product_RA)
+        found = _gradients(*tensors, ctx.activation, wanted, keep)
+        ctx.product = (grad_y_MD, grad_y_MD._version, found.pop()) if keep else None
     left = iter(found)
     return (*(next(left) if is_wanted else None for is_wanted in wanted), *[None] * 5)
+
+
+def _product_for(ctx: Any, grad_y_MD: Tensor) -> Tensor | None:
+    """What an earlier pass kept, if it was about the same gradient: the same memory, unwritten since."""
+    if ctx.product is None:
+        return None
+    earlier_MD, version, product_RA = ctx.product
+    same = earlier_MD.data_ptr() == grad_y_MD.data_ptr() and earlier_MD.stride() == grad_y_MD.stride()
+    return product_RA if same and grad_y_MD._version == version else None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_save)

@@ -134,7 +134,7 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
     n = max((tile.end - tile.begin for tile in tiles), default=0)
     shapes = [((n, width), dtype) for width in (D, W, A, D)]
     if routes is not None:  # weighted sums are made in the weights' dtype: in bfloat16, K of them lose two bits
-        shapes.append(((R, D), routes.weights_TK.dtype))
+        shapes.append(((used(tiles, R), D), routes.weights_TK.dtype))
     with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, h_rF, a_rF, y_rD, *y_rows):
         y_RD = y_rows[0] if y_rows else fresh(R, D, dtype=x_MD.dtype)
         token_ids_R = None if routes is None else routes.token_ids_R()
@@ -160,9 +160,19 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
 
 
 def backward(
-    grad_y_MD: Tensor, x_MD: Tensor, kept_RF: Tensor, experts: Experts, wanted: Sequence[bool]
+    grad_y_MD: Tensor,
+    x_MD: Tensor,
+    kept_RF: Tensor,
+    experts: Experts,
+    wanted: Sequence[bool],
+    product_RA: Tensor | None = None,
+    keep_product: bool = False,
 ) -> list[Tensor]:
-    """The wanted ones of the gradients of x, up, down and the combine weights, in this order."""
+    """The wanted ones of the gradients of x, up, down and the combine weights, in this order.
+
+    Those of x and of up are made from one product, grad_y @ down. A pass that wants the one hands it out last, with
+    keep_product, for a later pass that wants the other, which gets it as product_RA.
+    """
     of_x, of_up, of_down, of_weights = wanted
     routes, dtype = experts.routes, experts.dtype
     W, D = experts.up_eFD.shape[1:]
@@ -171,7 +181,7 @@ def backward(
     n = max((tile.end - tile.begin for tile in tiles), default=0)
     shapes = [((n, width), dtype) for width in (D, D, D, W, W, A, A, A)]
     if routes is not None:
-        shapes.append(((R if of_x else 0, D), dtype))
+        shapes.append(((used(tiles, R) if of_x else 0, D), dtype))
     with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, dy_rD, dx_rD, h_rF, dh_rF, a_rF, da_rF, s_rF, *dx_rows):
         dx_RD = dx_rows[0] if dx_rows else fresh(R if of_x else 0, D, dtype=x_MD.dtype)
         d_up = WeightGradient(experts.up_eFD, experts) if of_up else None
@@ -180,14 +190,19 @@ def backward(
         if routes is not None:
             token_ids_R, weights_R1 = routes.token_ids_R(), routes.weights_R1()
             d_weights_R = weights_R1.new_zeros(R) if of_weights else None
+        handed_RA = fresh(R, A, dtype=dtype) if keep_product else None
         for tile in tiles:
             rows, r = slice(tile.begin, tile.end), slice(0, tile.end - tile.begin)
             hidden_RF = kept_RF[rows] if kept_RF.dtype == dtype else h_rF[r].copy_(kept_RF[rows])
             a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=s_rF[r])
             dy_RD, da_RF = fetch(grad_y_MD, rows, token_ids_R, dy_rD[r]), da_rF[r]
-            if of_x or of_up or of_weights:
+            if product_RA is not None:
+                da_RF.copy_(product_RA[rows])
+            elif of_x or of_up or of_weights:
                 for expert, piece, _, _ in tile.pieces:
                     multiply(dy_RD[piece], experts.down_eDF[expert].to(dtype), da_RF[piece])
+            if handed_RA is not None:
+                handed_RA[rows] = da_RF
             if d_weights_R is not None:
                 products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
                 d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
@@ -220,7 +235,14 @@ def backward(
         found += [gradient.grad_eOI for gradient in (d_up, d_down) if gradient is not None]
         if routes is not None and d_weights_R is not None:
             found.append(d_weights_R.index_select(0, routes.inverse_N).view_as(routes.weights_TK))
+        if handed_RA is not None:
+            found.append(handed_RA)
         return found
+
+
+def used(tiles: Sequence[Tile], num_rows: int) -> int:
+    """Rows of experts, and one of zeros for all empty slots if there are any: many have a slot for every expert."""
+    return min(num_rows, (tiles[-1].end if tiles else 0) + 1)
 
 
 def fetch(source_MD: Tensor, rows: slice, token_ids_R: Tensor | None, buffer_RD: Tensor) -> Tensor:

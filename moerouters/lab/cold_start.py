@@ -56,8 +56,7 @@ class Recipe(BaseModel):
 
     def router(self, name: str, config: Mapping[str, Any]) -> Router:
         """In train mode, under softmax and top-k, what most open models have, or under what its method prescribes."""
-        settings = {"score": "softmax"} | dict(registry.info(name).spec.gating)
-        gating: Gating = getattr(Gating, settings.pop("score"))(self.num_experts, self.top_k, **settings)
+        gating = Gating.of(self.num_experts, self.top_k, **registry.info(name).spec.gating)
         return registry.build(name, gating, config=config).train()
 
     def batches(self) -> Iterator[Batch]:

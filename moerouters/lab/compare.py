@@ -190,6 +190,6 @@ def environment(device: torch.device, settings: Settings, ranks: Ranks) -> Envir
         threads=torch.get_num_threads(),
         ranks=ranks.size,
         expert_parallel=1 if ranks.experts is None else ranks.experts.size,
-        dispatcher=None if ranks.experts is None else ranks.experts.dispatcher,
+        dispatcher=None if ranks.experts is None else ranks.experts.label,
         autocast="bfloat16" if on_gpu and settings.bf16 else None,
     )

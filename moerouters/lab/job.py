@@ -41,6 +41,7 @@ class CompareOptions:
     """Of options with a name of their own; they and --set may not disagree."""
     changes: tuple[str, ...]
     expert_parallel: int
+    model_parallel: int
     dispatcher: str | None
     """None: the default where experts are spread."""
     device: str
@@ -83,7 +84,7 @@ def prepare(options: CompareOptions, *, device: torch.device, ranks: Ranks) -> C
         entrants, skipped = default_roster(settings)
     else:
         entrants, skipped = named_roster(options.routers, settings), []
-    ranks = _spread(options, ranks, settings)  # after the roster: a router's plug-in may bring the dispatcher
+    ranks = _spread(options, ranks, settings, device)  # after the roster: a router's plug-in may bring the dispatcher
     comparison = Comparison(
         entrants=entrants,
         skipped=skipped,
@@ -112,7 +113,7 @@ def introduce(console: Console, comparison: Comparison) -> None:
     experts = comparison.ranks.experts
     if experts is not None:
         ranks = f"{comparison.ranks.size} ranks, experts over groups of {experts.size}"
-        console.print(Text(f"{ranks}, dispatcher {experts.dispatcher}"))
+        console.print(Text(f"{ranks}, dispatcher {experts.label}"))
     console.print(Text(f"corpus: {info.name}, {info.train_bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}"))
     for item in comparison.skipped:
         console.print(Text(f"skipped {item.label}: {item.reason}"), style="yellow")
@@ -164,19 +165,26 @@ def _settings(options: CompareOptions) -> Settings:
     return preset(options.preset).override({**options.settings, **changes})
 
 
-def _spread(options: CompareOptions, ranks: Ranks, settings: Settings) -> Ranks:
+def _spread(options: CompareOptions, ranks: Ranks, settings: Settings, device: torch.device) -> Ranks:
     """The ranks with experts spread over groups of them, if that was asked for."""
     if options.expert_parallel == 1:
-        if options.dispatcher is None:
+        if options.dispatcher is None and options.model_parallel == 1:
             return ranks
         raise ConfigError(
             "there is nothing to dispatch.",
-            where=f"--dispatcher {options.dispatcher}",
+            where=f"--dispatcher {options.dispatcher} --model-parallel {options.model_parallel}",
             why="every rank has all experts",
             fix="add --expert-parallel N, under torchrun with a multiple of N ranks",
         )
     dispatcher = options.dispatcher or DEFAULT_DISPATCHER
-    return replace(ranks, experts=expert_ranks(options.expert_parallel, dispatcher, num_experts=settings.num_experts))
+    experts = expert_ranks(
+        options.expert_parallel,
+        dispatcher,
+        num_experts=settings.num_experts,
+        model_parallel=options.model_parallel,
+        device=device.type,
+    )
+    return replace(ranks, experts=experts)
 
 
 def _corpus(text: Path | None) -> Corpus:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from moerouters.errors import ConfigError, MoeroutersError
-from moerouters.lab.expert_ranks import ExpertRanks
+from moerouters.lab.expert_ranks import ExpertRanks, local
 from moerouters.router import Router
 from moerouters.sharding import expert_parameters
 
@@ -45,12 +45,12 @@ class Ranks:
 
     @property
     def _alike(self) -> int:
-        return self.experts.size if self.experts is not None and self.experts.replicated else 1
+        return 1 if self.experts is None else self.experts.alike
 
     @property
     def token_group(self) -> dist.ProcessGroup | None:
         """Ranks that together hold every token once, as `attach` wants them; None: all."""
-        return self.experts.peers if self.experts is not None and self.experts.replicated else None
+        return None if self.experts is None else self.experts.distinct
 
     def part(self, rows: Tensor) -> Tensor:
         """This rank's slice of a batch whose rows all ranks can draw; empty where there are too few."""
@@ -116,6 +116,13 @@ class Ranks:
         squared = self.sum(get_total_norm(_gradients(own)).square()) / owners
         return (norm.square() + squared).sqrt()
 
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> None:
+        """As torch.nn.utils.clip_grad_norm_, by the norm of the whole model; that function takes no DTensors beside
+        other tensors."""
+        scale = (max_norm / (self.gradient_norm(model) + 1e-6)).clamp(max=1.0)
+        for gradient in _gradients(model.parameters()):
+            gradient.mul_(scale)
+
     def require_same_state(self, model: nn.Module) -> None:
         """Raise MoeroutersError unless all ranks hold the same bits in every router and in every weight they share."""
         if self.size == 1:
@@ -168,7 +175,8 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """What of them is here: those of cut experts are DTensors."""
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, *, divisor: int) -> None:
@@ -201,5 +209,5 @@ def _fingerprint(tensors: Iterable[Tensor]) -> int:
     """A signed 64-bit digest of the tensors' bits."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(local(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest()[:8], "little", signed=True)

@@ -30,6 +30,11 @@ class Entrant:
         gating = settings.gating(registry.info(self.name).spec.gating)
         return registry.build(self.name, gating, config=self.overrides)
 
+    def build_for_attention(self, settings: Settings) -> Router:
+        """A fresh router for the attention experts of one layer."""
+        gating = settings.attention_gating(registry.info(self.name).spec.gating)
+        return registry.build(self.name, gating, config=self.overrides)
+
 
 def named_roster(text: str, settings: Settings) -> list[Entrant]:
     """The routers of `--routers`. Any that cannot be built raises, with its cause, before anything is trained."""
@@ -75,6 +80,8 @@ def _distinct(baselines: Iterable[Any]) -> list[Any]:
 def _entrant(label: str, name: str, overrides: dict[str, Any], settings: Settings) -> Entrant:
     entrant = Entrant(label=label, name=name, overrides=overrides, provenance=registry.info(name).provenance)
     try:
+        if settings.attention_experts > 1:
+            entrant.build_for_attention(settings)
         entrant.build(settings)  # a bad config, or a gating it cannot serve, shows now and not after an hour
     except MoeroutersError:
         raise

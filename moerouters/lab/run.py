@@ -51,7 +51,7 @@ class Run:
             "settings": trainer.settings.model_dump(exclude={"checkpoint_every"}),
             "corpus": trainer.corpus.info.sha256,
             "ranks": trainer.ranks.size,
-            "experts": None if experts is None else f"{experts.dispatcher} over {experts.size} ranks",
+            "experts": None if experts is None else f"{experts.label} over {experts.size} ranks",
         }
 
     def resume(self) -> None:

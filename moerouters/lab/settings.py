@@ -23,6 +23,13 @@ class Settings(BaseModel):
     num_layers: int = Field(ge=1, description="Decoder layers; each has attention and a MoE layer.")
     num_heads: int = Field(ge=1, description="Attention heads.")
     num_kv_heads: int = Field(ge=1, description="Key and value heads; divides num_heads.")
+    attention_experts: int = Field(
+        default=1, ge=1, description="Routed parts of the attention heads (MoA); they share keys and values; 1: none."
+    )
+    attention_top_k: int | None = Field(
+        default=None, ge=1, description="Attention experts per token, for routers that count them; null: all."
+    )
+    attention_loss: float = Field(default=1.0, gt=0, description="Factor on the losses of the attention's routers.")
     tied_head: bool = Field(default=True, description="The output projection is the embedding.")
 
     num_experts: int = Field(ge=1, description="Experts per layer, E.")
@@ -61,6 +68,15 @@ class Settings(BaseModel):
             raise ValueError(f"hidden_size {self.hidden_size} does not give {self.num_heads} heads of an even width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.num_heads % (self.attention_experts * self.num_kv_heads):
+            raise ValueError(
+                f"num_heads {self.num_heads} do not give each of {self.attention_experts} attention_experts a multiple "
+                f"of num_kv_heads {self.num_kv_heads}"
+            )
+        if (self.attention_top_k or 1) > self.attention_experts:
+            raise ValueError(
+                f"attention_top_k {self.attention_top_k} exceeds attention_experts {self.attention_experts}"
+            )
         return self
 
     @property
@@ -74,10 +90,13 @@ class Settings(BaseModel):
         Raises ConfigError where E, K and groups do not fit together.
         """
         own = self.model_dump(include={"score", "renormalize", "scale", "num_groups", "kept_groups"})
-        settings = own | dict(prescribed)
-        make = getattr(Gating, settings.pop("score"))
-        gating: Gating = make(self.num_experts, self.top_k, **settings)
-        return gating
+        return Gating.of(self.num_experts, self.top_k, **(own | dict(prescribed)))
+
+    def attention_gating(self, prescribed: Mapping[str, Any] = MappingProxyType({})) -> Gating:
+        """As `gating`, of the attention experts: without groups and scale."""
+        own = self.model_dump(include={"score", "renormalize"})
+        top_k = self.attention_top_k or self.attention_experts
+        return Gating.of(self.attention_experts, top_k, **(own | dict(prescribed)))
 
     def override(self, changes: Mapping[str, Any]) -> Settings:
         """These settings with some fields changed, checked as a whole.

@@ -15,12 +15,14 @@ from moerouters.handle import attach
 from moerouters.lab.batches import training_windows, validation_windows
 from moerouters.lab.clock import RouterClock
 from moerouters.lab.corpus import Corpus
+from moerouters.lab.expert_ranks import local
 from moerouters.lab.expert_state import with_experts
 from moerouters.lab.history import History
 from moerouters.lab.model import LanguageModel, ModelOutput
 from moerouters.lab.ranks import Ranks
 from moerouters.lab.roster import Entrant
 from moerouters.lab.settings import Settings
+from moerouters.layer import MoELayer
 from moerouters.metrics import max_violation
 
 
@@ -44,8 +46,10 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             routers = [entrant.build(settings) for _ in range(settings.num_layers)]
+            attended = settings.num_layers if settings.attention_experts > 1 else 0
+            of_attention = [entrant.build_for_attention(settings) for _ in range(attended)]
             torch.manual_seed(seed)  # again: the weights must not hang on what a router drew
-            self.model = LanguageModel(settings, routers).to(device)
+            self.model = LanguageModel(settings, routers, of_attention).to(device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         ranks.spread(self.model)
         self.optimizer = _adamw(self.model, settings)
@@ -69,8 +73,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses, loads = zip(*(self._micro_batch(index) for index in range(s.accumulation_steps)), strict=True)
         self.ranks.average_gradients(self.model)
-        norm = self.ranks.gradient_norm(self.model)
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), s.clip_norm, norm)
+        self.ranks.clip_gradients(self.model, s.clip_norm)
         self.optimizer.step()  # attach's hook checks the logits and updates the routers
         loss = float(self.ranks.sum_over_tokens(torch.stack(losses).mean())) / self.ranks.shards
         if not math.isfinite(loss):
@@ -112,7 +115,9 @@ class Trainer:
 
     def _remember(self, loss: float, loads_ALE: Tensor, step_ms: float) -> None:
         history = self.history
-        history.loads.append(torch.stack(list(self.handle.loads.values())).cpu())
+        loads, layers = self.handle.loads, self.handle.layers.items()
+        of_experts = [loads[name] for name, layer in layers if isinstance(layer, MoELayer)]
+        history.loads.append(torch.stack(of_experts).cpu())
         history.micro_max_vio.append(max_violation(loads_ALE).cpu())
         history.train_loss.append(torch.tensor(loss, dtype=torch.float64))
         history.step_ms.append(torch.tensor(step_ms, dtype=torch.float64))
@@ -164,9 +169,13 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 def _adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in parameters if p.dim() > 1]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in matrices if local(p) is p], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    cut = [p for p in matrices if local(p) is not p]
+    if cut:  # one fused update has either DTensors or none
+        groups.append({"params": cut, "weight_decay": settings.weight_decay})
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)

@@ -90,7 +90,7 @@ class SwappedRouter(RoutedModule):
             bias_E = self.router.bias_E(scores_TE, _ANY)
             assert bias_E is not None
             return gating.choose(scores_TE, gating.corrected(scores_TE) + bias_E)
-        ctx = self._context(logits_TE.shape[0], hidden_TD)
+        ctx = replace(self._context(logits_TE.shape[0], hidden_TD), logits_TE=gating.prepare(logits_TE))
         if ctx.valid_T is None:
             ctx = replace(ctx, valid_T=logits_TE.new_ones(logits_TE.shape[0], dtype=torch.bool))
         _, adjusted_TE = self.router._adjusted(scores_TE, ctx)
@@ -184,8 +184,8 @@ def served_bias(router: Router) -> Tensor | None:
         return None
     E = router.gating.num_experts
     device = next((buffer.device for buffer in router.buffers()), torch.device("cpu"))
-    ctx = RouteContext(valid_T=torch.ones(2, dtype=torch.bool, device=device))
     rising_TE = torch.linspace(0, 1, 2 * E, device=device).reshape(2, E)
+    ctx = RouteContext(valid_T=torch.ones(2, dtype=torch.bool, device=device), logits_TE=rising_TE)
     was_training = router.training
     router.eval()
     try:

@@ -50,7 +50,7 @@ def test_every_backend_brings_rows_there_and_back() -> None:
     rows, skipped = measure(request_of("dispatch"), allocator="default", tell=lambda text: None)
     assert not skipped
     there_and_back = {row.impl for row in rows if row.passes == BOTH}
-    assert there_and_back == {"copy", "local", "all_gather", "all_to_all", "padded", "tensor_sliced"}
+    assert there_and_back == {"copy", "local", "all_gather", "all_to_all", "hierarchical", "padded", "tensor_sliced"}
     assert {row.impl for row in rows if row.passes == PLAN} == {"copy", "moerouters", "argsort"}
     case = DispatchCase(request_of("dispatch"), SHAPE, "combine")
     for name, build in case.builds().items():

@@ -70,6 +70,7 @@ def test_torchrun_trains_what_one_process_trains(tmp_path: Path) -> None:
     [
         (["--expert-parallel", "2"], "1 rank cannot form groups of 2"),
         (["--dispatcher", "all_to_all"], "there is nothing to dispatch"),
+        (["--model-parallel", "2"], "there is nothing to dispatch"),
     ],
 )
 def test_what_needs_ranks_is_refused_without(tmp_path: Path, more: list[str], message: str) -> None:

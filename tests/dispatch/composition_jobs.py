@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -23,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from moerouters import Gating, MoELayer, attach, build, expert_parameters, shard_experts
 
 from .composition_page import COLUMNS
-from .parity import group_of
+from .parity import group_of, mesh_of
 
-WIDTH, EXPERT_WIDTH, E, K = 6, 5, 8, 2
+WIDTH, EXPERT_WIDTH, E, K = 6, 6, 8, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +161,7 @@ def differences(rank: int, backend: str, column: str) -> dict[str, float]:
     if backend == "local":
         model.moe.set_dispatcher(model.moe.dispatcher, chunks=setting.chunks)
     else:
-        shard_experts(model, layout.mesh["expert"], dispatcher=backend, chunks=setting.chunks)
+        shard_experts(model, layout.experts_over, dispatcher=backend, chunks=setting.chunks)
     experts = {id(parameter) for parameter in expert_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
     if setting.fsdp:
@@ -190,50 +189,49 @@ def differences(rank: int, backend: str, column: str) -> dict[str, float]:
 
 
 class Layout:
-    """Who shares what: experts over all four ranks; under FSDP2 over two, and each half of them on two ranks."""
+    """Who shares what: experts over all four ranks; under FSDP2 over two, and each half of them on two ranks.
+
+    hierarchical: on two nodes; mesh3d: in two halves each, and under FSDP2 only so.
+    """
 
     def __init__(self, backend: str, rank: int, setting: Setting) -> None:
-        self.local, self.replicated = backend == "local", backend == "tensor_sliced"
-        self.fsdp = setting.fsdp
-        self.mesh = mesh(2 if setting.fsdp else 1)
-        member, members = self.mesh["expert"].get_local_rank(), self.mesh["expert"].size()
-        self.experts = slice(member * E // members, (member + 1) * E // members)
-        self.source = self.mesh["data"].get_local_rank() if self.replicated else rank
-        self.sources = self.mesh["data"].size() if self.replicated else dist.get_world_size()
-        self.token_group = self.mesh["data"].get_group() if self.replicated else dist.group.WORLD
+        self.local, self.fsdp, cut = backend == "local", setting.fsdp, backend == "mesh3d"
+        flat = mesh_of((2, 2) if self.fsdp else (1, 4))
+        self.mesh, self.experts_over = flat, flat["expert"]
+        if cut:
+            self.mesh = self.experts_over = mesh_of((2, 1, 2) if self.fsdp else (1, 2, 2))
+        elif backend == "hierarchical":
+            self.experts_over = mesh_of((2, 2, 1))["expert", "model"] if self.fsdp else mesh_of((2, 2))
+        member, members = flat["expert"].get_local_rank(), flat["expert"].size()
+        # Gradients of cut experts are DTensors, and gathered.
+        self.experts = slice(None) if cut else slice(member * E // members, (member + 1) * E // members)
+        alike = {"tensor_sliced": members, "mesh3d": 2}.get(backend, 1)
+        self.source, self.sources = rank // alike, dist.get_world_size() // alike
+        self.distinct = mesh_of((4,)) if alike == 1 else mesh_of((2, 1, 2) if cut else flat.shape)["data"]
+        self.token_group = self.distinct.get_group()
         """Ranks with distinct tokens."""
 
     def wrap(self, model: Model) -> None:
         """fully_shard: experts over the ranks that have the same ones, the rest over all that have other tokens."""
         if not self.local:
             fully_shard(model.moe.experts, mesh=self.mesh["data"])
-        fully_shard(model, mesh=self.mesh["data"] if self.replicated else everyone())
+        fully_shard(model, mesh=self.distinct)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the sum over ranks, not their mean
 
     def summed(self, gradient: Tensor, *, own: bool) -> Tensor:
         """The gradient of the sum of all losses. FSDP2 did that already, experts know it from their tokens."""
-        if not (self.fsdp or own or self.replicated):
-            dist.all_reduce(gradient)
+        if not (self.fsdp or own):
+            dist.all_reduce(gradient, group=self.token_group)
         return gradient
-
-
-@cache
-def mesh(data: int) -> DeviceMesh:
-    """Four ranks: `data` rows, each with all experts."""
-    return init_device_mesh("cpu", (data, dist.get_world_size() // data), mesh_dim_names=("data", "expert"))
-
-
-@cache
-def everyone() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def _grad(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
-    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
+    gradient = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
+    return gradient.flatten(1, 2) if gradient.dim() == 4 else gradient  # mesh3d has a dimension for gate and up
 
 
 def _apart(have: Tensor, want: Tensor) -> float:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moerouters_conformance.docs import table, with_sections
 
-BACKENDS = ("local", "all_gather", "all_to_all", "padded", "tensor_sliced", "auto")
+BACKENDS = ("local", "all_gather", "all_to_all", "hierarchical", "mesh3d", "padded", "tensor_sliced", "auto")
 COLUMNS = (
     "`topk`",
     "`loss-free`",

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moerouters import Assignment, Gating, MoELayer, build, shard_experts
 from moerouters.builtin import TopKRouter
@@ -21,22 +22,26 @@ from moerouters.dispatch.site import Site
 from moerouters.errors import MoeroutersError
 from moerouters.sharding import make_dispatcher
 
+from .parity import mesh_of
+
 RANKS, BAD = 3, 1
 TIMEOUT_S = 5
 """Of the process group that tokens travel in."""
 NAP_S = 600
 """What a rank that hangs sleeps for; the parent ends it."""
 WIDTH, E = 4, 6
+MESHES = {"hierarchical": (2, 2), "mesh3d": (1, 2, 2)}
+"""Of the ranks of the pool."""
 LAYER = "blocks.0.moe"
 
 
 class Model(nn.Module):
     """One MoE layer under the name LAYER, with hooks at which a rank can misbehave."""
 
-    def __init__(self, group: dist.ProcessGroup, dispatcher: str) -> None:
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh, dispatcher: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        layer = MoELayer(TopKRouter(Gating.softmax(E, 2)), hidden_size=WIDTH, expert_size=3, capacity_factor=float(E))
+        layer = MoELayer(TopKRouter(Gating.softmax(E, 2)), hidden_size=6, expert_size=3, capacity_factor=float(E))
         self.blocks = nn.ModuleList([nn.ModuleDict({"moe": layer})])
         shard_experts(self, group, dispatcher=dispatcher)
         self.layer = layer
@@ -58,8 +63,12 @@ def train(rank: int, folder: str, dispatcher: str, fault: str) -> None:
     dist.barrier()  # from here on all ranks are awake, and the short time-out is about the fault
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
     assert isinstance(group, dist.ProcessGroup)
-    model = Model(group, dispatcher)
-    x_TD = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # each rank is a node
+    ranks: dist.ProcessGroup | DeviceMesh = group
+    if dispatcher == "mesh3d":
+        ranks = init_device_mesh("cpu", (1, 1, RANKS), mesh_dim_names=("data", "expert", "model"))
+    model = Model(ranks, dispatcher)
+    x_TD = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     if rank == BAD:
         _arm(model, fault)
     began = time.monotonic()
@@ -108,7 +117,8 @@ def disagree(rank: int, dispatcher: str, about: str) -> str:
     """The message that this rank gets when rank 1 sends rows of another form."""
     world = dist.group.WORLD
     assert world is not None
-    site = Site(world, layer=LAYER, backend=dispatcher)
+    mesh = mesh_of(MESHES[dispatcher]) if dispatcher in MESHES else None
+    site = Site(world, layer=LAYER, backend=dispatcher, mesh=mesh)
     odd = rank == BAD
     width = 6 if odd and about == "width" else WIDTH
     dtype = torch.float64 if odd and about == "dtype" else torch.float32

@@ -5,6 +5,7 @@ A `Case` is small and picklable; each rank makes its own part of it. `step` runs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from moerouters import (
     AssignmentKind,
@@ -42,7 +45,7 @@ class Case:
 
     dispatcher: str
     tokens: tuple[int, ...]
-    """Per rank of a group; for a replicated back-end all alike."""
+    """Per rank of a group; for a replicated back-end, and along the last dimension of mesh3d, all alike."""
     num_experts: int = 8
     top_k: int = 2
     load: str = "even"
@@ -59,6 +62,8 @@ class Case:
     backwards: int = 1
     """Passes backward through the same graph; gradients add up."""
     seed: int = 0
+    mesh: tuple[int, ...] = ()
+    """Dimensions of the group: (nodes, ranks of a node) for hierarchical, (data, expert, model) for mesh3d."""
 
     @property
     def group_size(self) -> int:
@@ -70,7 +75,23 @@ class Case:
 
     def source(self, member: int) -> int:
         """Whose tokens a member of the group holds."""
-        return 0 if self.replicated else member
+        return 0 if self.replicated else member - member % self.slices
+
+    @property
+    def slices(self) -> int:
+        """Ranks that hold the same tokens, and a slice of each expert."""
+        return self.mesh[2] if len(self.mesh) == 3 else 1
+
+    @property
+    def expert_width(self) -> int:
+        return EXPERT_WIDTH + 1 if len(self.mesh) == 3 else EXPERT_WIDTH  # to be cut in two
+
+    def experts_of(self, member: int) -> slice:
+        """Those whose gradients `step` gives on that member."""
+        if len(self.mesh) == 3:
+            return slice(None)  # of DTensors, which are gathered
+        E = self.num_experts
+        return slice(member * E // self.group_size, (member + 1) * E // self.group_size)
 
 
 WIDTH, EXPERT_WIDTH = 6, 5
@@ -142,7 +163,7 @@ def layer_of(case: Case) -> MoELayer:
         layer = MoELayer(
             ROUTERS[case.kind](Gating.softmax(case.num_experts, case.top_k)),
             hidden_size=WIDTH,
-            expert_size=EXPERT_WIDTH,
+            expert_size=case.expert_width,
             shared_size=4 if case.shared else 0,
             capacity_factor=case.capacity_factor,
         )
@@ -162,18 +183,39 @@ def group_of(size: int) -> dist.ProcessGroup:
     return mine
 
 
+@cache
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """All ranks of the pool in these dimensions, of one, two or four ranks each. Over few groups, which are shared:
+    threads of a gloo group wake a hundred times a second."""
+    groups, names = [], ("data", "expert", "model")[: len(shape)]
+    for index, size in enumerate(shape):
+        neighbours = math.prod(shape[index + 1 :]) == 1
+        groups.append(group_of(size) if neighbours or size != 2 else across())
+    return DeviceMesh.from_group(groups, "cpu", torch.arange(math.prod(shape)).view(shape), mesh_dim_names=names)
+
+
+@cache
+def across() -> dist.ProcessGroup:
+    """The group of two ranks that are two apart. Every rank of the pool calls it."""
+    groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    mine = groups[dist.get_rank() % 2]
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
+
+
 def step(rank: int, case: Case) -> dict[str, Tensor]:
     """Outputs and gradients of this rank: x, gate summed over the group, this rank's experts."""
     group = group_of(case.group_size)
     member = case.source(group.rank())
-    layer = shard_experts(layer_of(case), group, dispatcher=case.dispatcher, chunks=case.chunks)
+    ranks = mesh_of(case.mesh) if case.mesh else group
+    layer = shard_experts(layer_of(case), ranks, dispatcher=case.dispatcher, chunks=case.chunks)
     valid_T = valid(case, member)
     x_TD = hidden(case, member).detach().masked_fill(~valid_T.unsqueeze(1), torch.nan).requires_grad_()
     forced_ids_TK = forced_ids(case, member) if case.kind == "slots" else None
     ctx = RouteContext(forced_ids_TK=forced_ids_TK, valid_T=valid_T if case.padding else None)
     y_TD = layer(x_TD, ctx).hidden
     differentiate((y_TD.double() * pull(case, member)).sum(), case)
-    return found(layer, x_TD, y_TD, group)
+    return found(layer, x_TD, y_TD, group if case.slices == 1 else across())
 
 
 def steps(rank: int, cases: list[Case]) -> list[dict[str, Tensor]]:
@@ -187,10 +229,15 @@ def differentiate(loss: Tensor, case: Case) -> None:
 
 
 def found(layer: MoELayer, x_TD: Tensor, y_TD: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """group: the ranks with distinct tokens, unless all have the same."""
     result = {"y": y_TD.detach(), "x.grad": _grad(x_TD)}
     for name, parameter in layer.named_parameters():
         gradient = _grad(parameter)
-        if not name.startswith("experts.") and not layer.dispatcher.replicated:
+        if isinstance(gradient, DTensor):  # of mesh3d: one process has no dimension for the halves of up
+            dist.all_reduce(gradient.to_local(), group=layer.dispatcher.site.mesh.get_group(0))
+            gradient = gradient.full_tensor()
+            gradient = gradient.flatten(1, 2) if gradient.dim() == 4 else gradient
+        elif not name.startswith("experts.") and not layer.dispatcher.replicated:
             dist.all_reduce(gradient, group=group)
         result[f"{name}.grad"] = gradient
     return result
@@ -202,22 +249,19 @@ def oracle(case: Case) -> list[dict[str, Tensor]]:
     Always in float64, from the values of x and the weights that the case's dtype can hold.
     """
     layer = layer_of(case).double()
-    E = case.num_experts
-    members = range(1 if case.replicated else case.group_size)
-    xs, ys = [hidden(case, m).detach().double().requires_grad_() for m in members], []
-    loss = torch.zeros((), dtype=torch.float64)
-    for member, x_TD in zip(members, xs, strict=True):
+    xs = {m: hidden(case, m).detach().double().requires_grad_() for m in map(case.source, range(case.group_size))}
+    ys, loss = {}, torch.zeros((), dtype=torch.float64)
+    for member, x_TD in xs.items():
         if case.kind == "slots":
             weights_TK, ids_TK = routed(layer, x_TD, forced_ids(case, member))
         else:
             weights_TK, ids_TK = routed_freely(layer, x_TD, valid(case, member))
-        ys.append(by_loop(layer, x_TD, weights_TK, ids_TK))
-        loss = loss + (ys[-1] * pull(case, member)).sum()
+        ys[member] = by_loop(layer, x_TD, weights_TK, ids_TK)
+        loss = loss + (ys[member] * pull(case, member)).sum()
     differentiate(loss, case)
     results = []
     for member in range(case.group_size):
-        part = slice(member * E // case.group_size, (member + 1) * E // case.group_size)
-        source = case.source(member)
+        part, source = case.experts_of(member), case.source(member)
         result = {"y": ys[source].detach(), "x.grad": _grad(xs[source])}
         for name, parameter in layer.named_parameters():
             gradient = _grad(parameter)

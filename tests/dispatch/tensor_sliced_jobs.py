@@ -14,7 +14,7 @@ from moerouters.errors import ConfigError, DispatchError
 from moerouters_loss_controlled.config import LossControlledConfig
 from moerouters_loss_controlled.router import LossControlledRouter
 
-from .parity import WIDTH, Case, forced_ids, group_of, hidden, layer_of, pull
+from .parity import WIDTH, Case, forced_ids, group_of, hidden, layer_of, mesh_of, pull
 
 GROUP = 2
 
@@ -23,15 +23,19 @@ def layer_with_losses(loss_mode: Any, scale: float) -> MoELayer:
     torch.manual_seed(3)
     config = LossControlledConfig(alpha=0.5 * scale, z_alpha=0.1 * scale)
     router = LossControlledRouter(Gating.softmax(8, 2), config)
-    layer = MoELayer(router, hidden_size=WIDTH, expert_size=5, shared_size=4, loss_mode=loss_mode)
+    layer = MoELayer(router, hidden_size=WIDTH, expert_size=6, shared_size=4, loss_mode=loss_mode)
     return layer.double()
 
 
-def step_with_losses(rank: int | None, loss_mode: Any, scale: float = 1.0) -> dict[str, Tensor]:
-    """Output and gradients of one step with auxiliary losses; rank None: in a single process."""
+def step_with_losses(
+    rank: int | None, loss_mode: Any, scale: float = 1.0, mesh: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """Output and gradients of one step with auxiliary losses; rank None: in a single process; mesh: under mesh3d."""
     case = Case("tensor_sliced", (9, 9, 9, 9), seed=5)
     layer = layer_with_losses(loss_mode, scale)
-    if rank is not None:
+    if rank is not None and mesh:
+        shard_experts(layer, mesh_of(mesh), dispatcher="mesh3d")
+    elif rank is not None:
         shard_experts(layer, group_of(case.group_size), dispatcher="tensor_sliced")
     x_TD = hidden(case, 0)
     y_TD, assignment = layer(x_TD)
@@ -82,10 +86,10 @@ def collectives(rank: int) -> tuple[list[str], list[str]]:
     return forward, sent[len(forward) :]
 
 
-def disagreeing(rank: int, what: str) -> str:
-    """The error of a step in which the last rank of the group has something of its own."""
-    case = Case("tensor_sliced", (6, 6, 6, 6))
-    layer = shard_experts(layer_of(case), group_of(4), dispatcher="tensor_sliced")
+def disagreeing(rank: int, what: str, mesh: tuple[int, ...] = ()) -> str:
+    """The error of a step in which the last rank of the group has something of its own; mesh: under mesh3d."""
+    case = Case("mesh3d" if mesh else "tensor_sliced", (6, 6, 6, 6), mesh=mesh)
+    layer = shard_experts(layer_of(case), mesh_of(mesh) if mesh else group_of(4), dispatcher=case.dispatcher)
     last = rank == 3
     if what == "tokens" and last:
         case = replace(case, tokens=(5, 5, 5, 5))

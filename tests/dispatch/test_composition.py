@@ -54,7 +54,7 @@ def test_a_cell_that_does_not_work_shows_its_reason() -> None:
     cells = {backend: {column: Cell(difference=2e-16) for column in COLUMNS} for backend in BACKENDS}
     cells["padded"]["capacity"] = Cell(why="it was full.")
     text = composition_page.section(Composition(torch="9", cells=cells))
-    assert "| capacity | yes, 2e-16 | yes, 2e-16 | yes, 2e-16 | **no** |" in text
+    assert f"| capacity |{' yes, 2e-16 |' * 5} **no** |" in text
     assert text.endswith("* `padded`, capacity: it was full.")
 
 

@@ -15,9 +15,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 
 
 @pytest.mark.dist
-def test_snippets_run_and_do_what_the_page_says() -> None:
-    blocks = {block.title: block.text for block in code_blocks(PAGE) if block.language == "python"}
-    first, *others = rank_pool().run(jobs.run_page, blocks["train.py"], blocks["fsdp.py"])
+def test_snippets_run_and_do_what_the_page_says(tmp_path: Path) -> None:
+    scripts = {block.title: block.text for block in code_blocks(PAGE) if block.language == "python"}
+    first, *others = rank_pool().run(jobs.run_page, scripts, str(tmp_path))
     assert first["load"] == 4 * 16 * 2  # pairs of all ranks
     for other in others:
         assert other["load"] == first["load"]
@@ -26,3 +26,5 @@ def test_snippets_run_and_do_what_the_page_says() -> None:
     for rank in (first, *others):
         # FSDP2's gradients are those of the mean of the four losses, in one process.
         assert rank["fsdp"] == pytest.approx(first["alone"], rel=1e-4)
+        assert rank["mesh3d"] == pytest.approx(first["mesh3d alone"], rel=1e-4)
+    assert (tmp_path / ".metadata").is_file()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moerouters import Gating, MoELayer, RouteContext
-from moerouters.builtin import TopKRouter
+from moerouters.dispatch import run
 from moerouters.dispatch.local import LocalDispatcher
 from moerouters.dispatch.run import through_experts
 from moerouters.experts import GroupedExperts
@@ -65,6 +65,21 @@ def test_when_it_is_taken() -> None:
         assert not takes(layer_of(), x_of(3, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dense_assignment_needs_no_plan(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts at once, also in half precision; but not where experts have a forward of their own."""
+    plans = []
+    make_plan = run.make_plan
+    monkeypatch.setattr(run, "make_plan", lambda *args, **kwargs: plans.append(args) or make_plan(*args, **kwargs))
+    layer, x_TD = layer_of("dense").to(dtype), x_of(9, dtype)
+    y_TD = layer(x_TD).hidden
+    assert not plans
+    expected_TD = in_steps(layer)(x_TD).hidden
+    assert len(plans) == 1
+    unit = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y_TD, expected_TD, rtol=unit, atol=unit * float(expected_TD.detach().abs().max()))
+
+
 def test_any_function_of_rows_gets_rows() -> None:
     layer = layer_of().double()
     x_TD = x_of(7)
@@ -89,10 +104,9 @@ def test_hooks_of_the_experts_run() -> None:
     assert calls == ["before", "after"]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_the_layer_compiles_whole_with_the_same_bits(backend: str) -> None:
-    torch.manual_seed(0)
-    layer = MoELayer(TopKRouter(Gating.softmax(E, K)), hidden_size=D, expert_size=5, shared_size=3)
+@pytest.mark.parametrize(("kind", "backend"), [("slots", "eager"), ("slots", "aot_eager"), ("dense", "aot_eager")])
+def test_the_layer_compiles_whole_with_the_same_bits(kind: str, backend: str) -> None:
+    layer = layer_of(kind, shared_size=3)
     x_TD = x_of(9, torch.float32)
     expected = layer(x_TD).hidden
     of_expected = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))

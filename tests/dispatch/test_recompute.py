@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moerouters import AssignmentKind, Capabilities, Gating, MoELayer, RouteContext, Router, Selection, attach, record
+from moerouters import (
+    AssignmentKind,
+    Capabilities,
+    Gating,
+    MoELayer,
+    RouteContext,
+    Router,
+    Routing,
+    Selection,
+    attach,
+    record,
+)
 from moerouters.errors import RecomputeError, UnsupportedError
 from moerouters.noise import digest
 from moerouters_conformance.pool import rank_pool
@@ -92,6 +103,20 @@ class MoodyPairs(Moody):
         return Selection.pairs(torch.arange(len(best_T)), best_T)
 
 
+class Talkative(Router):
+    """Every expert for every token; what it asks others for is its loss, and it asks again."""
+
+    capabilities = Capabilities(forward_collective=True, assignment=AssignmentKind.DENSE)
+    reads = frozenset()
+
+    def select(self, adjusted_TE: Tensor, ctx: RouteContext) -> Selection:
+        T, E = adjusted_TE.shape
+        return Selection.dense(num_tokens=T, num_experts=E, device=adjusted_TE.device)
+
+    def losses(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
+        return {"spread": routing.scores_TE.square().mean()}
+
+
 def layer_of(router: Router | None = None) -> MoELayer:
     torch.manual_seed(0)
     return MoELayer(router or Moody(), hidden_size=WIDTH, expert_size=4)
@@ -120,6 +145,24 @@ def test_each_pass_finds_its_own_ids(way: str, order: tuple[int, ...]) -> None:
         found.append([gradient_of(each) for each in (*inputs, *net.parameters())])
         # Once while the layer is built.
         assert [block.moe.router.asked for block in net.blocks] == [1 + 3, 1 + 3 * uses]
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_all_experts_are_no_choice_to_remember(use_reentrant: bool) -> None:
+    """The pass is repeated as it was, loss included."""
+    found = []
+    for recomputed in (False, True):
+        layer, x_TD = layer_of(Talkative(Gating.softmax(NUM_EXPERTS, 2))), tokens()
+        layer.loss_mode = "inject"
+
+        def run(x_TD: Tensor, layer: MoELayer = layer) -> Tensor:
+            return layer(x_TD).hidden  # type: ignore[no-any-return]
+
+        y_TD = checkpoint(run, x_TD, use_reentrant=use_reentrant) if recomputed else run(x_TD)
+        y_TD.square().sum().backward()
+        assert passes_of(layer) == 0
+        found.append([gradient_of(each) for each in (x_TD, *layer.parameters())])
     assert all(map(torch.equal, *found))
 
 

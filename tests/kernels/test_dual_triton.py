@@ -8,7 +8,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from moerouters.kernels.dual import dual_update_torch  # noqa: E402
+from moerouters.kernels.dual import FURTHER, dual_update_torch  # noqa: E402
 from moerouters.kernels.gpu import dual, order_statistic  # noqa: E402
 from moerouters.kernels.order_statistic import kth_largest_per_expert, kth_largest_per_expert_torch  # noqa: E402
 
@@ -22,7 +22,7 @@ RANK = dict.fromkeys(("num_experts", "factor", "summand", "divisor"), "i32")
 COUNT = dict.fromkeys(("num_tokens", "stride_t", "stride_e"), "i32") | RANK
 TOKEN = {
     "scores_ptr": "*fp32", "dual_ptr": "*fp32", "valid_ptr": "*i1", "threshold_ptr": "*fp32", "tokens_ptr": "*i64",
-    "num_tokens": "i32", "num_experts": "i32", "top_k": "i32",
+    "wanted_ptr": "*i32", "num_tokens": "i32", "num_experts": "i32", "top_k": "i32",
 }  # fmt: skip
 COMPILED = [
     *(
@@ -59,8 +59,16 @@ COMPILED = [
     *(
         Case(
             dual.expert_threshold_kernel,
-            {"counts_ptr": "*i32", "tokens_ptr": "*i64", "dual_ptr": "*fp32", "new_ptr": "*fp32", **RANK},
-            {"FIRST": False, "CENTRED": centred, "BLOCK_E": 64},
+            {
+                "counts_ptr": "*i32",
+                "tokens_ptr": "*i64",
+                "dual_ptr": "*fp32",
+                "wanted_ptr": "*i32",
+                "new_ptr": "*fp32",
+                "top_k": "i32",
+                **RANK,
+            },
+            {"FIRST": False, "CENTRED": centred, "FURTHER": FURTHER, "BLOCK_E": 64},
             note="centred" if centred else "published",
             slow=not centred,
         )
@@ -100,8 +108,8 @@ def test_dual_steps_equal_the_reference(kind: str, centred: bool) -> None:
     valid_T = torch.arange(21, device=DEVICE) % 4 != 1
     hidden_TE = torch.where(valid_T.unsqueeze(1), scores_TE, math.nan)
     before_E = q_E.clone()
-    found_E = dual.dual_update(hidden_TE, q_E, valid_T, 2, 2, centred)
-    expected_E = dual_update_torch(scores_TE, q_E, top_k=2, iterations=2, centred=centred, valid_T=valid_T)
+    found_E = dual.dual_update(hidden_TE, q_E, valid_T, 2, 3, centred)
+    expected_E = dual_update_torch(scores_TE, q_E, top_k=2, iterations=3, centred=centred, valid_T=valid_T)
     torch.testing.assert_close(found_E, expected_E, rtol=0, atol=2e-7 if centred else 0)
     assert torch.equal(q_E, before_E)
 

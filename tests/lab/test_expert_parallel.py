@@ -20,10 +20,12 @@ from support.expert_parallel import (
     Case,
     Course,
     alone,
+    case_of,
     checkpointed,
     first_norm,
     gradient_norms,
     interrupted,
+    refused,
     replayed,
     spread,
     strayed,
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.dist
 
 LIMIT = 1e-4
 """Of any training or validation loss, in nats per byte, in float32."""
-DISPATCHERS = ("all_to_all", "all_gather", "padded", "tensor_sliced")
+DISPATCHERS = ("all_to_all", "all_gather", "hierarchical", "mesh3d", "padded", "tensor_sliced")
 ROUTERS = ("topk", "loss-free", "bip", GLOBAL_LOSS)
 FOUR = SMALL.override({"micro_batch_size": 4, "validation_sequences": 8})
 
@@ -47,9 +49,10 @@ def course(corpus: Corpus, item: str = "topk", *, steps: int = 3, **changes: obj
 def test_replayed_routing_gives_the_losses_of_one_process(corpus: Corpus, item: str) -> None:
     one = course(corpus, item)
     expected, tape = alone(one)
-    cases = [Case(course=one, dispatcher=name, tape=tape) for name in DISPATCHERS]
+    cases = [case_of(one, name, tape=tape) for name in DISPATCHERS]
     if item == "topk":  # two groups: replicas of the experts, and of the tokens where a group shares them
         cases += [Case(course=one, dispatcher=name, tape=tape, size=2) for name in ("all_to_all", "tensor_sliced")]
+        cases.append(Case(course=one, dispatcher="mesh3d", tape=tape, size=2, model_parallel=2))
     for outcomes in rank_pool().run(spread, cases):
         apart = {f"{c.dispatcher} over {c.size}": expected.apart(o) for c, o in zip(cases, outcomes, strict=True)}
         assert max(apart.values()) <= LIMIT, apart
@@ -102,22 +105,23 @@ def test_ranks_whose_experts_get_nothing(corpus: Corpus) -> None:
     crowded = {name: [torch.tensor([0, 1]).expand_as(ids) for ids in each] for name, each in tape.expert_ids.items()}
     tape = replace(tape, expert_ids=crowded)
     expected = replayed(one, tape)
-    cases = [Case(course=one, dispatcher=name, tape=tape) for name in DISPATCHERS]
+    cases = [case_of(one, name, tape=tape) for name in DISPATCHERS]
     for outcome in rank_pool().run(spread, cases)[0]:
         assert expected.apart(outcome) <= LIMIT
 
 
 def test_gradients_are_clipped_by_the_norm_of_the_whole_model(corpus: Corpus) -> None:
     one = course(corpus)
-    cases = [Case(course=one, dispatcher=name, size=size) for name in DISPATCHERS for size in (2, 4)]
+    cases = [case_of(one, name, size=size) for name in DISPATCHERS for size in (2, 4)]
     norms = rank_pool().run(gradient_norms, cases)
     assert all(each == norms[0] for each in norms), "ranks clip by different bits"
     torch.testing.assert_close(norms[0], [first_norm(one.trainer())] * len(cases), rtol=1e-5, atol=0)
 
 
-def test_a_checkpoint_is_that_of_one_process(corpus: Corpus) -> None:
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "mesh3d"])
+def test_a_checkpoint_is_that_of_one_process(corpus: Corpus, dispatcher: str) -> None:
     one = course(corpus, "loss-free")
-    found = rank_pool().run(checkpointed, Case(course=one, dispatcher="all_to_all", size=2))
+    found = rank_pool().run(checkpointed, case_of(one, dispatcher, size=2))
     for rank in found:
         whole, resumed = rank["outcomes"]
         assert whole == resumed
@@ -127,7 +131,10 @@ def test_a_checkpoint_is_that_of_one_process(corpus: Corpus) -> None:
     state = trainer.state()
     assert found[0]["parameters"] == trainer.num_parameters == sum(p.numel() for p in trainer.model.parameters())
     there = found[0]["state"]
-    torch.testing.assert_close(dict(there["model"]), dict(state["model"]), rtol=1e-4, atol=1e-5)
+    for name, weight in state["model"].items():  # mesh3d has a dimension for gate and up
+        torch.testing.assert_close(there["model"][name].reshape(weight.shape), weight, rtol=1e-4, atol=1e-5)
+    if dispatcher == "mesh3d":  # and its optimizer a group for the weights that are cut
+        return
     torch.testing.assert_close(there["optimizer"]["state"], state["optimizer"]["state"], rtol=1e-4, atol=1e-5)
     trainer.load_state(there)
 
@@ -161,18 +168,23 @@ def test_uneven_validation_is_refused_where_blocks_have_one_size() -> None:
             ranks.require_even_validation(6, capacity_factor=capacity_factor)
 
 
-def test_too_few_ranks() -> None:
+def test_too_few_ranks_and_cuts_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="1 rank cannot form groups of 2"):
         expert_ranks(2, "all_to_all", num_experts=4)
+    with pytest.raises(ConfigError, match="--model-parallel 2"):
+        expert_ranks(1, "mesh3d", num_experts=4, model_parallel=2)
+    said = rank_pool().run(refused, "all_to_all", 2)
+    assert said == ["dispatcher 'all_to_all' cuts no experts."] * 4
 
 
 def spread_over(size: int, *, replicated: bool, dispatcher: str = "all_to_all") -> ExpertRanks:
     return ExpertRanks(
         size=size,
         dispatcher=dispatcher,
-        replicated=replicated,
+        alike=size if replicated else 1,
         group=None,  # type: ignore[arg-type]
         peers=None,  # type: ignore[arg-type]
+        distinct=None,
     )
 
 
@@ -200,5 +212,5 @@ def test_the_tiny_preset(item: str, seed: int, dispatcher: str) -> None:
     settings = preset("tiny").override({"validation_sequences": 32})
     tiny = Course(item=item, settings=settings, steps=20, corpus=standard_library(), seed=seed)
     expected, tape = alone(tiny)
-    case = Case(course=tiny, dispatcher=dispatcher, tape=None if seed == CLEAR_SEED else tape)
+    case = case_of(tiny, dispatcher, tape=None if seed == CLEAR_SEED else tape)
     assert expected.apart(rank_pool().run(spread, [case])[0][0]) <= LIMIT

@@ -5,7 +5,8 @@ import torch
 
 from moerouters import RouteContext
 from moerouters.builtin import TopKRouter
-from moerouters.lab.model import LanguageModel, _rotary, _rotate
+from moerouters.lab.attention import rotary_table, rotate
+from moerouters.lab.model import LanguageModel
 from moerouters.lab.settings import Settings
 from support.balanced import Balanced
 from support.lab import SMALL
@@ -77,8 +78,8 @@ def test_routers_get_what_they_may_need() -> None:
 def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 1, 1, 8, generator=generator)
-    rotary = _rotary(10, 8, torch.device("cpu"))
-    queries, keys = (_rotate(x.expand(1, 1, 10, 8), rotary)[0, 0] for x in (query, key))
+    rotary = rotary_table(10, 8, torch.device("cpu"))
+    queries, keys = (rotate(x.expand(1, 1, 10, 8), rotary)[0, 0] for x in (query, key))
     torch.testing.assert_close(queries.norm(dim=-1), query.norm().expand(10))
     products = queries @ keys.t()
     for distance in range(-9, 10):

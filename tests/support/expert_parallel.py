@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -36,6 +38,10 @@ GLOBAL_LOSS = "loss-controlled:alpha=0;global_alpha=0.01;global_load=all_reduce"
 CLEAR_SEED = 6
 """With it no token of 20 steps of `topk` and GLOBAL_LOSS on the tiny preset has its K-th and next logit closer together
 than 1e-6, which is ten times what the order of sums moves them. Most other seeds have such ties in 120,000 choices."""
+
+
+on_two_nodes = patch.dict(os.environ, LOCAL_WORLD_SIZE="2")
+"""Of two ranks each, as a launcher would tell `hierarchical`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +88,33 @@ class Case:
     """1: every rank has all experts."""
     tape: Tape | None = None
     """The routing to replay; None: free."""
+    model_parallel: int = 1
 
     def ranks(self, rank: int) -> Ranks:
         if self.size == 1:
             return Ranks(rank, WORLD_SIZE)
-        return Ranks(rank, WORLD_SIZE, _spread(self.size, self.dispatcher, self.course.settings.num_experts))
+        experts = _spread(self.size, self.dispatcher, self.course.settings.num_experts, self.model_parallel)
+        return Ranks(rank, WORLD_SIZE, experts)
+
+
+def case_of(course: Course, dispatcher: str, **more: Any) -> Case:
+    """mesh3d cuts each expert in two; hierarchical finds two nodes of two ranks."""
+    return Case(course=course, dispatcher=dispatcher, model_parallel=2 if dispatcher == "mesh3d" else 1, **more)
 
 
 @cache
-def _spread(size: int, dispatcher: str, num_experts: int) -> ExpertRanks:
+def _spread(size: int, dispatcher: str, num_experts: int, model_parallel: int) -> ExpertRanks:
     """Kept: threads of a gloo group wake a hundred times a second, for as long as it is there."""
-    return expert_ranks(size, dispatcher, num_experts=num_experts)
+    return expert_ranks(size, dispatcher, num_experts=num_experts, model_parallel=model_parallel)
+
+
+def refused(rank: int, dispatcher: str, model_parallel: int) -> str:
+    """What is said of a dispatcher that cannot cut experts."""
+    try:
+        expert_ranks(WORLD_SIZE, dispatcher, num_experts=8, model_parallel=model_parallel)
+    except MoeroutersError as error:
+        return str(error).splitlines()[0]
+    return "nothing"
 
 
 def alone(course: Course) -> tuple[Outcome, Tape]:
@@ -108,6 +130,7 @@ def replayed(course: Course, tape: Tape) -> Outcome:
     return _outcome(course, Ranks(), tape)
 
 
+@on_two_nodes
 def spread(rank: int, cases: list[Case]) -> list[Outcome]:
     """The outcome of every case, the same on every rank."""
     return [_outcome(case.course, case.ranks(rank), case.tape) for case in cases]
@@ -140,6 +163,7 @@ def _train(trainer: Trainer, steps: int) -> None:
             trainer.train_step()
 
 
+@on_two_nodes
 def gradient_norms(rank: int, cases: list[Case]) -> list[float]:
     """The norm by which each case would be clipped in its first step."""
     return [first_norm(case.course.trainer(case.ranks(rank))) for case in cases]

@@ -1,13 +1,14 @@
 """docs/expert-parallel.md: how far the losses of spread experts are from those of one process, on the tiny preset.
 
 PYTHONPATH=tests python -m support.expert_parallel_page measure docs     # writes the JSON; half an hour on two cores
+PYTHONPATH=tests python -m support.expert_parallel_page measure docs --only mesh3d     # beside the rest
 PYTHONPATH=tests python -m support.expert_parallel_page render docs      # the table, from the committed JSON
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,10 @@ from moerouters.lab.corpus import standard_library
 from moerouters.lab.files import write_text
 from moerouters.lab.presets import preset
 from moerouters_conformance import pool
-from support.expert_parallel import CLEAR_SEED, GLOBAL_LOSS, Case, Course, alone, spread
+from support.expert_parallel import CLEAR_SEED, GLOBAL_LOSS, Course, alone, case_of, spread
 
 STEPS = 20
-DISPATCHERS = ("all_gather", "all_to_all", "padded", "tensor_sliced")
+DISPATCHERS = ("all_gather", "all_to_all", "hierarchical", "mesh3d", "padded", "tensor_sliced")
 LIMIT = 1e-4
 _BEGIN, _END = "<!-- parity -->\n", "<!-- /parity -->"
 
@@ -55,30 +56,36 @@ class Parity(BaseModel):
     rows: tuple[Row, ...] = ()
 
 
-def measure(done: Callable[[Parity], None]) -> None:
-    """Train every row under every dispatcher, and hand out what is known after each row."""
+def measure(done: Callable[[Parity], None], dispatchers: Sequence[str], rows: Sequence[Row]) -> None:
+    """Train every row under these dispatchers, and hand out after each what is known, beside what the rows have."""
     pool.TIMEOUT_S = 3600.0
     settings, corpus = preset("tiny").override({"validation_sequences": 64}), standard_library()
-    found = Parity(torch=torch.__version__, steps=STEPS, ranks=pool.WORLD_SIZE)
-    for row in ROWS:
+    found = list(rows)
+    for index, row in enumerate(rows):
         course = Course(item=row.router, settings=settings, steps=STEPS, corpus=corpus, seed=row.seed)
         expected, recorded = alone(course)
         tape = recorded if row.routing == "replayed" else None
-        cases = [Case(course=course, dispatcher=name, tape=tape) for name in DISPATCHERS]
+        cases = [case_of(course, name, tape=tape) for name in dispatchers]
         outcomes = pool.rank_pool().run(spread, cases)[0]
-        apart = {name: expected.apart(outcome) for name, outcome in zip(DISPATCHERS, outcomes, strict=True)}
-        found = found.model_copy(update={"rows": (*found.rows, row.model_copy(update={"apart": apart}))})
-        done(found)
+        apart = {name: expected.apart(outcome) for name, outcome in zip(dispatchers, outcomes, strict=True)}
+        found[index] = row.model_copy(update={"apart": row.apart | apart})
+        done(Parity(torch=torch.__version__, steps=STEPS, ranks=pool.WORLD_SIZE, rows=tuple(found)))
+
+
+def measured(parity: Parity) -> list[str]:
+    """The dispatchers that every row knows."""
+    return [name for name in DISPATCHERS if all(name in row.apart for row in parity.rows)]
 
 
 def table(parity: Parity) -> str:
     """The Markdown between the marks of the page."""
+    names = measured(parity)
     lines = [
-        "| router | routing | " + " | ".join(f"`{name}`" for name in DISPATCHERS) + " |",
-        "|---|---|" + "---|" * len(DISPATCHERS),
+        "| router | routing | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|---|---|" + "---|" * len(names),
     ]
     for row in parity.rows:
-        cells = [f"{x:.0e}" if x <= LIMIT else f"**{x:.0e}**" for x in (row.apart[name] for name in DISPATCHERS)]
+        cells = [f"{x:.0e}" if x <= LIMIT else f"**{x:.0e}**" for x in (row.apart[name] for name in names)]
         lines.append(f"| `{row.router}` | {row.routing}, seed {row.seed} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -100,13 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("measure", "render"))
     parser.add_argument("docs", type=Path)
+    parser.add_argument("--only", nargs="+", choices=DISPATCHERS)
     arguments = parser.parse_args()
     docs: Path = arguments.docs
     if arguments.command == "measure":
+        json = docs / "benchmarks" / "expert-parallel.json"
         measure(
-            lambda found: write_text(
-                docs / "benchmarks" / "expert-parallel.json", found.model_dump_json(indent=1) + "\n"
-            )
+            lambda found: write_text(json, found.model_dump_json(indent=1) + "\n"),
+            arguments.only or DISPATCHERS,
+            load(docs).rows if arguments.only else ROWS,
         )
     page = docs / "expert-parallel.md"
     write_text(page, rendered(page.read_text(encoding="utf-8"), load(docs)))

@@ -56,3 +56,32 @@ def test_a_bias_sees_the_scores_in_serving_too() -> None:
             long = router(hidden)
         for have, want in zip(short, long, strict=True):
             assert torch.equal(have, want)
+
+
+class Late(Router):
+    """Adds to the scores what it makes of the logits."""
+
+    def __init__(self, gating: Gating, config: RouterConfig) -> None:
+        super().__init__(gating)
+
+    def adjust(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
+        assert ctx.logits_TE is not None
+        assert ctx.logits_TE.dtype == torch.float32
+        return scores_TE + 0.5 * ctx.logits_TE.sigmoid()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stages_see_the_logits_in_serving_too(dtype: torch.dtype) -> None:
+    model = tiny("qwen")
+    spec = RouterSpec(name="late", api=API_VERSION, summary="Looks at logits.", factory=Late)
+    with registry.temporary(spec):
+        swap(model, "late")
+    in_dtype(model, dtype)
+    for router in routers(model).values():
+        hidden = torch.randn(1, 33, router.weight.shape[1]).to(router.weight.dtype)
+        with torch.no_grad():
+            short = router(hidden)
+            router._lean = False
+            long = router(hidden)
+        for have, want in zip(short, long, strict=True):
+            assert torch.equal(have, want)

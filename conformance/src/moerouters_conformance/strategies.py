@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 
 from moerouters.gating import GatingSettings
 from moerouters_conformance.case import Case
-from moerouters_conformance.subject import FAMILIES, Subject
+from moerouters_conformance.subject import ALL_FAMILIES, Subject
 
 ORDINARY = (0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 3.25, 1e-3)
 EXTREME = (*ORDINARY, 30.0, -30.0, 200.0, -200.0, 1e4, -1e4)
@@ -38,13 +38,13 @@ def gatings(
     """Settings of gatings that the router accepts. `spare`: at least this many experts beyond K."""
     if min_experts < min_k + spare:
         raise InvalidArgument(f"{min_experts=} leaves no room for {min_k=} and {spare=}")
-    offered = [name for name in (families or FAMILIES) if name in subject.families]
+    offered = [name for name in (families or ALL_FAMILIES) if name in subject.families]
     if not offered:
         reject()
     family = draw(st.sampled_from(offered), label="family")
     E = draw(st.integers(min_experts, max_experts), label="E")
     K = draw(st.integers(min_k, min(max_k, E - spare)), label="K")
-    return GatingSettings(num_experts=E, top_k=K, **(FAMILIES[family] | more))
+    return GatingSettings(num_experts=E, top_k=K, **(ALL_FAMILIES[family] | more))
 
 
 @st.composite

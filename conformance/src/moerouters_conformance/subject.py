@@ -31,6 +31,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """The gatings of the field's models (Mixtral, OLMoE, GLM, DeepSeek-V3 and -V4, GPT-OSS, Grok), without groups."""
 
+RARE_FAMILIES: dict[str, dict[str, Any]] = {"relu": {"score": "relu", "renormalize": False}}
+"""Gatings of single methods, for routers that refuse all of `FAMILIES`: under relu a top-k also chooses experts whose
+score is 0, and so is their gradient."""
+
+ALL_FAMILIES = FAMILIES | RARE_FAMILIES
+
 FACTORY_SUMMARY = "A factory handed to the suite."
 """The summary of what was handed in without a spec; rules about specs do not concern it."""
 
@@ -171,8 +177,14 @@ class Subject:
     @cached_property
     def families(self) -> tuple[str, ...]:
         """Names of the families of gatings that the router accepts, of 4 experts, 2 a token."""
+        accepted = self._accepted(FAMILIES) or self._accepted(RARE_FAMILIES)
+        if not accepted:
+            raise Violation(f"it refuses every gating; tried were {', '.join(ALL_FAMILIES)}")
+        return accepted
+
+    def _accepted(self, families: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
         accepted = []
-        for name, family in FAMILIES.items():
+        for name, family in families.items():
             try:
                 self.make(GatingSettings(num_experts=4, top_k=2, **family))
             except (ConfigError, UnsupportedError):
@@ -180,13 +192,11 @@ class Subject:
             except Exception as error:
                 raise Violation(f"building it with a gating of {name} raised {blame(error)}") from error
             accepted.append(name)
-        if not accepted:
-            raise Violation(f"it refuses every gating; tried were {', '.join(FAMILIES)}")
         return tuple(accepted)
 
     def settings(self, *, num_experts: int, top_k: int, family: str | None = None, **more: Any) -> GatingSettings:
         """Gating settings of an accepted family, the first one unless named."""
-        return GatingSettings(num_experts=num_experts, top_k=top_k, **(FAMILIES[family or self.families[0]] | more))
+        return GatingSettings(num_experts=num_experts, top_k=top_k, **(ALL_FAMILIES[family or self.families[0]] | more))
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -243,11 +253,15 @@ class Subject:
 
     @cached_property
     def fixed_slots(self) -> bool:
-        """Whether every token gets exactly K experts: slots, and as many of them filled as the gating says."""
+        """Whether every token gets exactly K experts, in flat and in steep batches too: slots, and as many of them
+        filled as the gating says."""
         router = self.build(self.settings(num_experts=4, top_k=2)).eval()
-        batch = make_batch(warm_up_logits(0, 4), hidden_size=self.hidden_size)
-        assignment = self.route(router, batch)
-        return assignment.expert_ids.dim() == 2 and bool(((assignment.expert_ids < 4).sum(dim=1) == 2).all())
+        for steepness in (1.0, 0.0, 20.0):
+            batch = make_batch(steepness * warm_up_logits(0, 4), hidden_size=self.hidden_size)
+            ids = self.route(router, batch).expert_ids
+            if ids.dim() != 2 or not bool(((ids < 4).sum(dim=1) == 2).all()):
+                return False
+        return True
 
     # How reports show it.
 

@@ -28,9 +28,12 @@ book = RuleBook(Group.CONTRACT)
 @forall(lambda subject: cases(subject, masks=True))
 def kind_and_shapes(subject: Subject, case: Case) -> None:
     assignment = subject.run(case)
-    declared = subject.capabilities.assignment
+    promise = subject.capabilities
+    other_in_eval = promise.eval_assignment is not None and not case.training
+    declared = promise.eval_assignment if other_in_eval else promise.assignment
     if assignment.kind is not declared:
-        raise Violation(f"kind is {assignment.kind}, declared is assignment={declared}")
+        field = "eval_assignment" if other_in_eval else "assignment"
+        raise Violation(f"kind is {assignment.kind}, declared is {field}={declared}")
     T, E = len(case.logits), case.settings.num_experts
     ids, weights = assignment.expert_ids, assignment.weights
     if (assignment.num_tokens, assignment.num_experts) != (T, E):

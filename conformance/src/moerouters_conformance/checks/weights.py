@@ -26,14 +26,14 @@ from moerouters_conformance.readings import (
 from moerouters_conformance.requirements import FIXED_SLOTS, FLOAT64, FOLLOWS_SCORES
 from moerouters_conformance.rule import Group, RuleBook
 from moerouters_conformance.strategies import EXTREME, cases, distinct_cases, gatings
-from moerouters_conformance.subject import FAMILIES, Subject
+from moerouters_conformance.subject import ALL_FAMILIES, FAMILIES, Subject
 from moerouters_conformance.violation import Violation
 
 book = RuleBook(Group.WEIGHTS)
 NEAR_TIES = (1e-6, 2e-6, 3e-6)
 """Logits that float32 can tell from 0 and from each other, also as scores."""
 
-SCORED = tuple(name for name, family in FAMILIES.items() if not family.get("softmax_after_topk"))
+SCORED = tuple(name for name, family in ALL_FAMILIES.items() if not family.get("softmax_after_topk"))
 """Families whose weights are made of scores; the others take a softmax over the chosen logits."""
 SHARED_OUT = tuple(name for name, family in FAMILIES.items() if family.get("renormalize", True) or name not in SCORED)
 """Families whose weights sum to the scale."""
@@ -328,6 +328,6 @@ def _grouped_settings(draw: st.DrawFn, subject: Subject, families: Sequence[str]
     return draw(gatings(subject, min_experts=E, max_experts=E, min_k=K, max_k=K, families=families, **grouping))
 
 
-def _grouped(subject: Subject, families: Sequence[str] = tuple(FAMILIES)) -> SearchStrategy[GatingSettings]:
+def _grouped(subject: Subject, families: Sequence[str] = tuple(ALL_FAMILIES)) -> SearchStrategy[GatingSettings]:
     """Gatings that keep some of their groups, by either score of a group."""
     return _grouped_settings(subject, families)

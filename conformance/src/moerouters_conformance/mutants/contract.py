@@ -21,6 +21,17 @@ class DenseUndeclared(Plain):
         return Selection.dense(num_tokens=T, num_experts=E, device=adjusted_TE.device)
 
 
+@mutant("C01")
+class DenseInEval(Plain):
+    """Hands out other shapes in eval than in training, and declares one."""
+
+    def select(self, adjusted_TE: Tensor, ctx: RouteContext) -> Selection:
+        if self.training:
+            return super().select(adjusted_TE, ctx)
+        T, E = adjusted_TE.shape
+        return Selection.dense(num_tokens=T, num_experts=E, device=adjusted_TE.device)
+
+
 @mutant("C02")
 class NarrowIds(Spoiled):
     """Packs ids into int32."""
