@@ -1,0 +1,40 @@
+"""The table of known schedules on docs/pipeline.md. `python -m support.pipeline_page docs/pipeline.md` renders it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from moerouters.pipeline import BUILDERS, build, simulate
+from moerouters.pipeline.console import number
+
+BEGIN, END = "<!-- schedules: begin -->\n", "<!-- schedules: end -->\n"
+COLUMNS = ("schedule", "stages", "makespan", "bubble", "peak live activations, by rank", "makespan of the same model")
+
+
+def rendered(page: str) -> str:
+    """The page with its table made anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    lines = [_row(COLUMNS), _row(["---"] * len(COLUMNS)), *map(_known, BUILDERS)]
+    return before + BEGIN + "\n".join(lines) + "\n" + END + after
+
+
+def _known(name: str) -> str:
+    schedule = build(name, 4, 8)
+    run = simulate(schedule)
+    same = Fraction(run.makespan) * schedule.num_ranks / schedule.num_stages
+    peaks = ", ".join(map(str, run.peak_live))
+    bubble = f"{float(run.bubble):.4f}"
+    return _row([f"`{name}`", str(schedule.num_stages), number(run.makespan), bubble, peaks, number(same)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
