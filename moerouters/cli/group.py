@@ -16,12 +16,17 @@ COMMANDS = {
     "inspect": "Show the routers of a model, and whether they can be swapped.",
     "trace": "Record the router logits of a model on a text.",
     "replay": "Compare routers on recorded logits, without the model.",
+    "place": "Place experts on ranks by their recorded loads.",
+    "pipeline": "Draw, check, simulate and search pipeline schedules.",
+    "leak": "Estimate what a router's choice tells about later tokens, in bits.",
+    "simulate": "Project what a layer takes on up to 65,536 ranks.",
     "bench": "Time layers, routers, dispatchers and balancers.",
     "plugins": "List the installed routers without importing them.",
     "info": "Show what one router promises, and its settings.",
     "new": "Write a router plugin that installs and passes the suite.",
 }
-"""Name of a command, which is also its module and function, and its line in `moerouters --help`."""
+"""Name of a command, which is also its module and function (or its Typer, with commands of its own), and its line in
+`moerouters --help`."""
 
 EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_ERROR = 2, 3, 1
 
@@ -51,6 +56,8 @@ class LazyGroup(TyperGroup):
 
 def _load(name: str) -> Any:
     function = getattr(importlib.import_module(f"moerouters.cli.{name}"), name)
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(function)
     return typer.main.get_command(single)
