@@ -22,12 +22,12 @@ INTERESTING = [0.0, 0.5, -0.5, 1.0, -1.0, 0.125, 1e4, -1e4]
 def solve_dual_loops(
     scores: list[list[float]], q: list[float], *, top_k: int, iterations: int, variant: str, valid: list[bool]
 ) -> list[float]:
-    """One token, one expert at a time; ranks as exact fractions."""
+    """One token, one expert at a time; ranks as exact fractions. The mean is torch's: ties hang on its last bits."""
     tokens, experts = [t for t, real in enumerate(valid) if real], range(len(q))
     if not tokens or top_k == len(q):
         return q
     capacity = Fraction(len(tokens) * top_k, len(q))
-    for _ in range(iterations):
+    for step in range(iterations):
         p = {}
         for t in tokens:
             falling = sorted((scores[t][e] - q[e] for e in experts), reverse=True)
@@ -43,7 +43,16 @@ def solve_dual_loops(
             low = math.floor(place)
             after = falling[min(low, len(falling) - 1)]
             new.append(falling[low - 1] + (after - falling[low - 1]) * float(place - low))
-        q = new if variant == "published" else [value - sum(new) / len(new) for value in new]
+        if variant == "published":
+            q = new
+            continue
+        if step:
+            wanted = [sum(scores[t][e] - p[t] > q[e] for t in tokens) for e in experts]
+            off = max(abs(count - capacity) / capacity for count in wanted)
+            further = max(0.6 - float(off), 0.0)
+            new = [value + further * (value - old) for value, old in zip(new, q, strict=True)]
+        mean = float(torch.tensor(new, dtype=torch.float64).mean())
+        q = [value - mean for value in new]
     return q
 
 

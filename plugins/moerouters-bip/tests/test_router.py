@@ -157,8 +157,9 @@ def test_trains_inside_a_layer(generator: torch.Generator) -> None:
 
 
 def test_spec_and_config() -> None:
-    (spec,) = moerouters_routers()
-    assert spec.name == "bip" and spec.capabilities == spec.factory(Gating.softmax(4, 2)).capabilities
+    spec, other = moerouters_routers()
+    assert (spec.name, other.name) == ("bip", "quantile")
+    assert spec.capabilities == spec.factory(Gating.softmax(4, 2)).capabilities
     assert isinstance(spec.factory(Gating.softmax(4, 2), spec.config()), BipRouter)
     with pytest.raises(ValidationError, match="iterations"):
         BipConfig(iterations=0)

@@ -95,10 +95,13 @@ def bids(draw: st.DrawFn, dtype: torch.dtype) -> Tensor:
 @given(data=st.data(), index=st.integers(-1, 10), count=st.integers(1, 2))
 def test_digits_find_what_sorting_finds(dtype: torch.dtype, data: st.DataObject, index: int, count: int) -> None:
     bids_ET = data.draw(bids(dtype))
-    tokens, centre_E = torch.tensor(bids_ET.shape[1]), torch.zeros(len(bids_ET))
-    sharded = ShardedColumns(bids_ET, tokens, ranks=ALONE)
+    tokens, centre_E = torch.tensor(bids_ET.shape[1]), torch.zeros(len(bids_ET), dtype=dtype)
+    sharded = ShardedColumns(bids_ET, tokens, centre_E=centre_E, ranks=ALONE)
     local = LocalColumns(bids_ET, tokens, centre_E=centre_E, most=11)
-    assert torch.equal(sharded.places_E, local.places_E) and torch.equal(sharded.tokens, tokens)
+    histogram = HistogramColumns(bids_ET, tokens, centre_E=centre_E, ranks=ALONE)
+    for columns in (sharded, histogram):
+        assert torch.equal(columns.places_E, local.places_E) and torch.equal(columns.tokens, tokens)
+        assert torch.equal(columns.wanted_E, local.wanted_E)
     places_E = sharded.places_E > 0
     if bids_ET.shape[1]:
         at = torch.tensor(index)

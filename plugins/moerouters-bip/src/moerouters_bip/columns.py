@@ -16,7 +16,7 @@ from moerouters.kernels.order_statistic import kth_largest_per_expert
 LOWEST = -float("inf")
 
 
-class Columns(Protocol):
+class Falling(Protocol):
     """The values of [E, T] bids, sorted per expert by falling value; -inf is no bid."""
 
     tokens: Tensor
@@ -32,10 +32,17 @@ class Columns(Protocol):
         ...
 
 
+class Columns(Falling, Protocol):
+    """The same, and how they stand to the prices so far."""
+
+    wanted_E: Tensor
+    """int64, bids per expert that exceed centre_E: as many tokens want it at that price."""
+
+
 class MakeColumns(Protocol):
     """How columns are made of bids [E, T] and the number of tokens that count here (int64 0-d).
 
-    centre_E: near which values the answers are expected. most: a place on this rank that none asked for lies behind.
+    centre_E: the prices so far, near which the answers are expected. most: no place on this rank lies behind that.
     """
 
     def __call__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int) -> Columns: ...
@@ -47,6 +54,7 @@ class LocalColumns:
     def __init__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int) -> None:
         self.tokens = tokens
         self.places_E = (bids_ET > LOWEST).sum(dim=-1)
+        self.wanted_E = (bids_ET > centre_E.unsqueeze(1)).sum(dim=-1)
         self._bids_ET, self._most = bids_ET, most
 
     def falling(self, index: Tensor, count: int) -> Tensor:

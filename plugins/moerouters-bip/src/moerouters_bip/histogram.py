@@ -1,7 +1,8 @@
-"""Order statistics from one histogram per iteration, summed over ranks: one collective where the exact way takes five.
+"""Order statistics from one histogram, summed over ranks or micro-batches (Algorithm 4 of arXiv:2502.15451).
 
-The bins are fine near the value of the iteration before, which the answer approaches, and wider further away, like the
-marks of a slide rule. Evenly spaced ones are of little use for softmax scores, whose thresholds are about 1 / E.
+Constant space, and one collective where the exact way takes five. The bins are fine near the value of the iteration
+before, which the answer approaches, and wider further away, like the marks of a slide rule. Evenly spaced ones are of
+little use for softmax scores, whose thresholds are about 1 / E.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moerouters.kernels.bins import bin_counts, bin_edges
+from moerouters.kernels.bins import bin_counts, bin_edges, num_bins
 from moerouters_bip.columns import between
 from moerouters_bip.ranks import Ranks
 
@@ -17,24 +18,26 @@ FINEST = -20
 """Within 2**FINEST of the centre there is one bin."""
 WIDEST = 20
 """Beyond 2**WIDEST of the centre values are not told apart."""
+BINS = num_bins(FINEST, WIDEST)
 
 
-class HistogramColumns:
-    """Columns over the bids of all ranks, each value at most the width of its bin away from the true one.
+def counts_of(bids_ET: Tensor, centre_E: Tensor) -> Tensor:
+    """int64 [E, BINS]: bids per bin around centre_E, smallest first. They add up, whoever counted them."""
+    return bin_counts(bids_ET, centre_E, finest=FINEST, widest=WIDEST)
 
-    That is an eighth of the distance to centre_E, at least 2**-19; for bids within 2**20 of centre_E. Counts are
-    integers, so the same tokens give the same bits on any number of ranks. `most` does not matter.
+
+class BinnedValues:
+    """Order statistics of the bids behind `counts_of`, each at most the width of its bin away from the true one.
+
+    That is an eighth of the distance to centre_E, at least 2**-19; for values within 2**20 of centre_E. Counts are
+    integers, so the same tokens give the same bits on any number of ranks.
     """
 
-    def __init__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int = 0, ranks: Ranks) -> None:
-        E = bids_ET.shape[0]
-        self._centre_E = centre_E.to(bids_ET.dtype)
-        self._edges_B = bin_edges(FINEST, WIDEST, bids_ET.dtype, bids_ET.device)
-        bins = self._edges_B.numel() + 1
-        counts = bin_counts(bids_ET, self._centre_E, finest=FINEST, widest=WIDEST).reshape(-1)
-        summed = ranks.sum(torch.cat([counts, tokens.reshape(1)]))
-        self.tokens = summed[-1]
-        self._counts_EB = summed[:-1].reshape(E, bins).flip(1)  # largest bids first
+    def __init__(self, counts_EB: Tensor, tokens: Tensor, *, centre_E: Tensor) -> None:
+        self.tokens = tokens
+        self._centre_E = centre_E
+        self._edges_B = bin_edges(FINEST, WIDEST, centre_E.dtype, centre_E.device)
+        self._counts_EB = counts_EB.flip(1)  # largest values first
         self._up_to_EB = self._counts_EB.cumsum(1)
         self.places_E = self._up_to_EB[:, -1]
 
@@ -66,3 +69,14 @@ class HistogramColumns:
         low_E = self._edges_B[(bin_E - 1).clamp_min(0)]
         value_E = self._centre_E + high_E + (low_E - high_E) * share_E
         return torch.where(self.places_E > 0, value_E, 0.0)
+
+
+class HistogramColumns(BinnedValues):
+    """Columns over the bids of all ranks. `most` does not matter."""
+
+    def __init__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int = 0, ranks: Ranks) -> None:
+        E, centre_E = bids_ET.shape[0], centre_E.to(bids_ET.dtype)
+        wanted_E = (bids_ET > centre_E.unsqueeze(1)).sum(dim=1)  # exactly; the bin at the centre holds both kinds
+        mine = torch.cat([counts_of(bids_ET, centre_E).reshape(-1), wanted_E, tokens.reshape(1)])
+        counts, self.wanted_E, last = ranks.sum(mine).split_with_sizes([E * BINS, E, 1])
+        super().__init__(counts.reshape(E, BINS), last.squeeze(0), centre_E=centre_E)

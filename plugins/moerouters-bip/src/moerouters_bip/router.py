@@ -1,4 +1,4 @@
-"""The bip router: the dual vector q as a bias per expert, solved for the batch at hand."""
+"""The router `bip` in its batch form, and what all routers of the family share: the vector q as a bias per expert."""
 
 from __future__ import annotations
 
@@ -12,18 +12,51 @@ from torch import Tensor
 from moerouters import Capabilities, Gating, LoadScope, RouteContext, Router, Routing, StateAlgebra
 from moerouters.capabilities import MaxViolation
 from moerouters_bip.columns import LocalColumns, MakeColumns
-from moerouters_bip.config import BipConfig
+from moerouters_bip.config import BipConfig, DualConfig
 from moerouters_bip.dual import solve_dual
 from moerouters_bip.histogram import HistogramColumns
 from moerouters_bip.ranks import ALONE, ranks_of
 from moerouters_bip.shards import ShardedColumns
 
 
-def capabilities_of(config: BipConfig) -> Capabilities:
-    """What a router with this config promises.
+class DualRouter(Router):
+    """Routes a token to the K largest s - q. State: `dual_E`, the q committed after the last optimizer step.
 
-    The bound on balance is twice the worst MaxVio of 112 histories (8 and 16 experts, 256 tokens, softmax and sigmoid;
-    0.12). A single iteration leaves 0.27 in the first step, and the published variant 0.30: no bound for fewer than 4.
+    The sign is the same everywhere: the bias is -q, in training and in eval, and q rises where too many tokens came.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    dual_E: Tensor
+
+    def __init__(self, gating: Gating, config: DualConfig) -> None:
+        super().__init__(gating)
+        self.config = config
+        self.register_state("dual_E", gating.num_experts)
+
+    def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor | None:
+        return -self.dual_E
+
+    def solved(self, q_E: Tensor, ctx: RouteContext) -> dict[str, Tensor]:
+        """The stats of a forward that found q_E on its own tokens; `update` takes the mean, weighted by tokens."""
+        assert ctx.valid_T is not None
+        tokens = ctx.valid_T.sum()
+        return {"dual_times_tokens_E": q_E.double() * tokens, "tokens": tokens}
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        self.commit(stats["dual_times_tokens_E"] / stats["tokens"].clamp_min(1), stats["tokens"])
+
+    def commit(self, found_E: Tensor, tokens: Tensor) -> None:
+        """Move q to what a step found on `tokens` tokens, all the way but for config.ema."""
+        ema, old_E = self.config.ema, self.dual_E.double()
+        self.dual_E.copy_(torch.where(tokens > 0, ema * old_E + (1 - ema) * found_E, old_E))
+
+
+def capabilities_of(config: BipConfig) -> Capabilities:
+    """What the batch form with this config promises.
+
+    The bound on balance is half as much again as the worst MaxVio of 112 histories (8 and 16 experts, 256 tokens,
+    softmax and sigmoid): 0.16, five tokens of 32. One iteration leaves 0.27 in the first step, and the published
+    variant 0.30: no bound for fewer than 4.
     """
     bounded = config.variant == "centred" and config.iterations >= 4
     return Capabilities(
@@ -36,8 +69,8 @@ def capabilities_of(config: BipConfig) -> Capabilities:
     )
 
 
-class BipRouter(Router):
-    """Routes a token to the K largest s - q. In training q is solved on the batch itself, from the committed q.
+class BipRouter(DualRouter):
+    """In training q is solved on the batch itself, from the committed q.
 
     After the step the committed q becomes the token-weighted mean of the solutions of all micro-batches and ranks. In
     eval mode the committed q is used as it is, so a token's experts do not depend on its batch.
@@ -46,14 +79,11 @@ class BipRouter(Router):
     with no tokens, and all find the same q. Eval mode talks to nobody, and so does a pass with forced ids.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset()
-    dual_E: Tensor
+    config: BipConfig
 
     def __init__(self, gating: Gating, config: BipConfig = BipConfig()) -> None:
-        super().__init__(gating)
-        self.config = config
+        super().__init__(gating, config)
         self.capabilities = capabilities_of(config)
-        self.register_state("dual_E", gating.num_experts)
 
     def bias_E(self, scores_TE: Tensor, ctx: RouteContext) -> Tensor:
         if not self.training:
@@ -71,14 +101,8 @@ class BipRouter(Router):
         )
 
     def observe(self, routing: Routing, ctx: RouteContext) -> dict[str, Tensor]:
-        assert routing.bias_E is not None and ctx.valid_T is not None
-        tokens = ctx.valid_T.sum()
-        return {"dual_times_tokens_E": -routing.bias_E.double() * tokens, "tokens": tokens}
-
-    def update(self, stats: Mapping[str, Tensor]) -> None:
-        tokens = stats["tokens"]
-        mean_E = stats["dual_times_tokens_E"] / tokens.clamp_min(1)
-        self.dual_E.copy_(torch.where(tokens > 0, mean_E, self.dual_E.double()))
+        assert routing.bias_E is not None
+        return self.solved(-routing.bias_E, ctx)
 
     def _columns(self) -> MakeColumns:
         if self.config.scope == "local":

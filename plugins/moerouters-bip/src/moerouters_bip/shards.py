@@ -16,18 +16,18 @@ from moerouters_bip.ranks import Ranks
 
 
 class ShardedColumns:
-    """Columns over the bids of all ranks; `most` and `centre_E` do not matter to it. Same bits on every rank."""
+    """Columns over the bids of all ranks; `most` does not matter to it. Same bits on every rank."""
 
-    def __init__(
-        self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor | None = None, most: int = 0, ranks: Ranks
-    ) -> None:
+    def __init__(self, bids_ET: Tensor, tokens: Tensor, *, centre_E: Tensor, most: int = 0, ranks: Ranks) -> None:
         self._ranks, self._dtype = ranks, bids_ET.dtype
         self._keys_ET, self._counted_ET = sortable(bids_ET), bids_ET > LOWEST
         E = bids_ET.shape[0]
         first_EB = digit_counts(self._keys_ET, self._keys_ET.new_zeros(E), depth=0)
-        # How many tokens count travels along: every place that is asked for depends on it.
-        counts = ranks.sum(torch.cat([first_EB.reshape(-1), tokens.reshape(1)]))
-        self._first_EB, self.tokens = counts[:-1].reshape(E, DIGITS), counts[-1]
+        # How many tokens count, and want each expert, travels along.
+        wanted_E = (bids_ET > centre_E.unsqueeze(1)).sum(dim=1)
+        counts = ranks.sum(torch.cat([first_EB.reshape(-1), wanted_E, tokens.reshape(1)]))
+        first, self.wanted_E, last = counts.split_with_sizes([E * DIGITS, E, 1])
+        self._first_EB, self.tokens = first.reshape(E, DIGITS), last.squeeze(0)
         self.places_E = self._first_EB.sum(dim=1)
 
     def falling(self, index: Tensor, count: int) -> Tensor:

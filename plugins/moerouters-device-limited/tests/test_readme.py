@@ -1,0 +1,20 @@
+"""The example of the README runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    torch.manual_seed(0)
+    exec(compile(example, str(README), "exec"), {})
+    devices, _, balance = capsys.readouterr().out.partition("\n")
+    assert devices == "devices per token: at most 2"
+    before, after = map(float, balance.partition(":")[2].split("->"))
+    assert before > 0.5
+    assert after < 0.2
