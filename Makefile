@@ -48,7 +48,11 @@ type: $(VENV)/.dev  ## Check types
 docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from docs/benchmarks and the rules
 	$(BIN)/python -m moerouters.lab.showcase render docs/benchmarks/compare-tiny.json README.md docs/images/compare-tiny.svg
 	$(BIN)/python -m moerouters.lab.cold_start render docs/benchmarks/cold-start.json docs/images/cold-start.svg
+	$(BIN)/python -m moerouters_ds_moe render docs/benchmarks/ds-moe.json docs/images/ds-moe.svg
 	PYTHONPATH=tests $(BIN)/python -m support.routers_page render docs
+	$(BIN)/python -m moerouters.leaking.page render docs
+	$(BIN)/python -m moerouters.planning.scale_page render docs
+	PYTHONPATH=tests $(BIN)/python -m support.pipeline_page docs/pipeline.md
 	$(BIN)/python -m moerouters_conformance.docs docs
 	$(BIN)/python -m tests.swap.survey_page docs
 	$(BIN)/python -m tests.dispatch.composition_page docs
