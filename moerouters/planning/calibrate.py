@@ -1,8 +1,8 @@
 """What this machine can do, measured: a Cluster from a few ranks on it, beside each other as in a run.
 
-Every time is the shortest of several, and of the slowest rank: what others do on the machine only adds to it. Ranks on
-CPUs share them, so rates are taken to fall once there are more ranks than processors; the cluster says what one rank
-alone would get.
+All ranks work at the same time, and the slowest counts; of several such rounds the shortest does, since what others do
+on the machine only adds to it. How many ranks' worth of arithmetic a machine does in all is measured too: two
+processors may be those of one core. The cluster says what a rank alone would get.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
 from moerouters import Gating, MoELayer
-from moerouters.bench.job import cores
 from moerouters.builtin import TopKRouter
 from moerouters.dispatch.cost import Line, measure, measure_line
 from moerouters.dispatch.exchange import Exchange, LeaveRegion
@@ -31,6 +30,8 @@ _EXPERTS, _ROWS, _WIDTH, _EXPERT_WIDTH = 4, 256, 256, 512
 """Of the experts whose arithmetic is timed; rows of each."""
 _GATHERED = 1 << 13
 """Rows that are gathered, 1 KiB each in float32: they do not fit a core's second cache."""
+_ROUND_S = 0.03
+"""Of a round, at least: ranks do not begin at the same moment."""
 _COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
 
@@ -49,34 +50,34 @@ class Measured(BaseModel):
 
 
 def calibrate(*, ranks: Sequence[int] = RANKS, device: str = "cpu", name: str = "this-machine") -> Cluster:
-    """Measure worlds of these sizes, and take what explains them best."""
+    """Measure worlds of these sizes, 1 among them, and take what explains them best."""
     return fitted([on_ranks(measure_here, n, device, device=device)[0] for n in ranks], device=device, name=name)
 
 
 def fitted(worlds: Sequence[Measured], *, device: str, name: str) -> Cluster:
-    """The Cluster of several measured worlds; of one rank alone, without a link worth the name."""
-    processors = cores() if device == "cpu" else None
+    """The Cluster of several measured worlds, that of one rank among them; of that alone, without a link worth the
+    name."""
+    alone = next(world for world in worlds if world.ranks == 1)
     most = max(world.ranks for world in worlds)
+    processors = None
+    if device == "cpu":
+        processors = max(world.ranks * world.flops_per_s / alone.flops_per_s for world in worlds)
     bare = Cluster(
         name=name,
         source=f"measured with {', '.join(str(world.ranks) for world in worlds)} ranks over "
         + ("gloo" if device == "cpu" else "NCCL"),
         ranks_per_node=most,
         intra=Link(latency_s=0, bytes_per_s=1e12),
-        flops_per_s=1,
-        memory_bytes_per_s=1,
+        flops_per_s=alone.flops_per_s,
+        memory_bytes_per_s=alone.memory_bytes_per_s,
+        forward_s=alone.forward_s,
+        backward_s=alone.backward_s,
         processors=processors,
     )
     kept = {world.ranks: bare.share(world.ranks) for world in worlds}
-    rates = {
-        "flops_per_s": fmean(world.flops_per_s / kept[world.ranks] for world in worlds),
-        "memory_bytes_per_s": fmean(world.memory_bytes_per_s / kept[world.ranks] for world in worlds),
-        "forward_s": fmean(world.forward_s * kept[world.ranks] for world in worlds),
-        "backward_s": fmean(world.backward_s * kept[world.ranks] for world in worlds),
-    }
     several = [world for world in worlds if world.ranks > 1]
     if not several:
-        return bare.model_copy(update=rates)
+        return bare
     speed = {c: fmean(world.bytes_per_s[c] / kept[world.ranks] for world in several) for c in _COLLECTIVES}
     latency = {world.ranks: fmean(world.latency_s.values()) for world in several}
     fewest = min(latency)
@@ -87,7 +88,7 @@ def fitted(worlds: Sequence[Measured], *, device: str, name: str) -> Cluster:
         bytes_per_s=speed["all_to_all"],
     )
     efficiency = {c: speed[c] / speed["all_to_all"] for c in _COLLECTIVES}
-    return bare.model_copy(update={**rates, "intra": link, "efficiency": efficiency})
+    return bare.model_copy(update={"intra": link, "efficiency": efficiency})
 
 
 def measure_here(group: dist.ProcessGroup, device_type: str, repeats: int = 15) -> Measured:
@@ -121,27 +122,41 @@ def measure_here(group: dist.ProcessGroup, device_type: str, repeats: int = 15) 
 
 def shortest(run: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
     """Seconds of the fastest of several calls, after two that warm up."""
-    taken = []
-    for _ in range(repeats + 2):
-        finish(device)
-        started = time.perf_counter()
-        run()
-        finish(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken[2:])
+    return min([_seconds(run, device) for _ in range(repeats + 2)][2:])
 
 
-def finish(device: torch.device) -> None:
-    """Wait for the device."""
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    started = time.perf_counter()
+    run()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _slowest(run: Callable[[], object], *, group: dist.ProcessGroup, device: torch.device, repeats: int) -> float:
-    dist.barrier(group)
-    seconds = torch.tensor(shortest(run, device, repeats), dtype=torch.float64, device=device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
-    return float(seconds)
+    """Seconds of a call while all ranks make it: in the shortest of several rounds, of the slowest rank in each."""
+
+    def agreed(seconds: float) -> float:
+        told = torch.tensor(seconds, dtype=torch.float64, device=device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
+        return float(told)
+
+    calls = max(1, round(_ROUND_S / agreed(shortest(run, device, 1))))
+
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    rounds = []
+    for _ in range(repeats):
+        dist.barrier(group)
+        rounds.append(agreed(_seconds(several, device)) / calls)
+    return min(rounds)
 
 
 def _mlp(device: torch.device) -> Callable[[], object]:

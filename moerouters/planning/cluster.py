@@ -67,8 +67,9 @@ class Cluster(_Record):
     forward_s: float = Field(default=0.0, ge=0)
     """Of a layer's forward with hardly a token: what the host does."""
     backward_s: float = Field(default=0.0, ge=0)
-    processors: int | None = Field(default=None, ge=1)
-    """That the ranks of a node share, arithmetic and copies alike. None: every rank has a device of its own."""
+    processors: float | None = Field(default=None, ge=1)
+    """That the ranks of a node share, for arithmetic and copies alike: how many ranks' worth of work it does at a time.
+    None: every rank has a device of its own."""
     efficiency: dict[Collective, float] = {}
     """By how much a collective misses the bandwidth of its link; 1 where nothing is said."""
 

@@ -187,7 +187,9 @@ def _held(held: Held) -> str:
     run, cluster = held.run, held.cluster
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if name in ("python", "torch"))
     note = f" **{run.note}**" if run.note else ""
-    head = f"{run.date}, {run.device}, {cluster.processors} processors, gloo; {versions}.{note}"
+    head = (
+        f"{run.date}, {run.device}, which does the work of {cluster.processors:.2g} ranks at a time; {versions}.{note}"
+    )
     errors = [abs(each.error) for each in held.compared]
     within = sum(error <= 0.3 for error in errors)
     middle = sorted(errors)[len(errors) // 2]

@@ -136,6 +136,7 @@ def _print_cluster(console: Console, cluster: Cluster) -> None:
         f"gathering rows         {giga * cluster.memory_bytes_per_s:.3g} GB/s",
         f"exchange               {micro * link.latency_s:.3g} us, {micro * link.message_s:.3g} us for each rank more, "
         f"{giga * link.bytes_per_s:.3g} GB/s",
+        f"at a time              {cluster.processors or cluster.ranks_per_node:.3g} ranks' worth of that",
         f"layer of one token     {micro * cluster.forward_s:.3g} us, backward {micro * cluster.backward_s:.3g} us",
     ]
     for line in lines:

@@ -42,8 +42,7 @@ def world(ranks: int, *, share: float = 1.0, latency: float = 1e-3) -> Measured:
     )
 
 
-def test_a_cluster_explains_the_worlds_it_was_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "cores", lambda: 2)
+def test_a_cluster_explains_the_worlds_it_was_fitted_to() -> None:
     found = fitted([world(1), world(2), world(4, share=0.5, latency=5e-3)], device="cpu", name="here")
     assert found.flops_per_s == pytest.approx(1e10) and found.memory_bytes_per_s == pytest.approx(1e9)
     assert (found.forward_s, found.backward_s) == (pytest.approx(1e-3), pytest.approx(2e-3))
@@ -119,7 +118,6 @@ def test_the_command_writes_a_cluster_that_simulates(tmp_path: Path, monkeypatch
         assert isinstance(runs, list)
         return [[(1e-3, 2e-3, 64.0) for _ in runs]]
 
-    monkeypatch.setattr(calibration, "cores", lambda: 2)
     monkeypatch.setattr(calibration, "on_ranks", found)
     monkeypatch.setattr(validation, "on_ranks", found)
     path = tmp_path / "here.json"
