@@ -59,7 +59,7 @@ class Cluster(_Record):
     float32_flops_per_s: float | None = Field(default=None, gt=0)
     """Of the gate's projection, which is in float32; None: as fast as experts."""
     memory_bytes_per_s: float = Field(gt=0)
-    """Of gathering rows: bytes read and bytes written, together."""
+    """Of gathering and summing rows: bytes that the formulas count, over the time that it takes."""
     memory_bytes: float | None = Field(default=None, gt=0)
     """Of a rank; None: no limit is looked at."""
     host_wait_s: float = Field(default=0.0, ge=0)

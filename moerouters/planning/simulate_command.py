@@ -64,7 +64,8 @@ def run_simulate(options: SimulateOptions) -> Simulation:
 def run_calibrate(*, output: Path, device: str, compare: bool) -> Cluster:
     """Measure this machine, write its cluster, and, if asked to, hold the formulas against real layers."""
     from moerouters.planning.calibrate import RANKS, calibrate
-    from moerouters.planning.validation import compare as compare_layers
+    from moerouters.planning.validation import compare as simulate_them
+    from moerouters.planning.validation import time_layers
 
     console = make_console()
     chosen = choose_device(device).type
@@ -75,7 +76,8 @@ def run_calibrate(*, output: Path, device: str, compare: bool) -> Cluster:
     _print_cluster(console, measured)
     console.print(Line(f"cluster: {output}"), soft_wrap=True)
     if compare:
-        print_compared(console, compare_layers(measured, ranks=ranks, device=chosen))
+        timed = time_layers(ranks=ranks, device=chosen)
+        print_compared(console, simulate_them(measured, timed, number_bytes=4 if chosen == "cpu" else 2))
     return measured
 
 
@@ -133,7 +135,7 @@ def _print_cluster(console: Console, cluster: Cluster) -> None:
     lines = [
         f"{cluster.source}, as of one rank alone:",
         f"arithmetic of experts  {giga * cluster.flops_per_s:.3g} GFLOP/s",
-        f"gathering rows         {giga * cluster.memory_bytes_per_s:.3g} GB/s",
+        f"gathering and summing  {giga * cluster.memory_bytes_per_s:.3g} GB/s",
         f"exchange               {micro * link.latency_s:.3g} us, {micro * link.message_s:.3g} us for each rank more, "
         f"{giga * link.bytes_per_s:.3g} GB/s",
         f"at a time              {cluster.processors or cluster.ranks_per_node:.3g} ranks' worth of that",

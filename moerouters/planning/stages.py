@@ -208,7 +208,10 @@ def all_gather(batch: Batch, group: Group, rows: Floats) -> Passes:
 
 
 def tensor_sliced(batch: Batch, group: Group, rows: Floats) -> Passes:
-    """PPMoE: all ranks of the group hold the tokens of all of them, so each has p * T; one all_reduce of results."""
+    """PPMoE: all ranks of the group hold the tokens of all of them, so each has p * T; one all_reduce of results.
+
+    Shapes are static: every rank carries the rows of all experts, of which those of others are zeros after its own.
+    """
     p = group.ranks
     whole = replace(batch, T=batch.T * p)
     row, tokens, sums = whole.row, float(whole.T * whole.row), float(SUMS * whole.T * whole.D)
@@ -216,17 +219,17 @@ def tensor_sliced(batch: Batch, group: Group, rows: Floats) -> Passes:
     experts_s, experts_back_s = experts(batch, group, rows)
     header = group.all_gather(np.asarray(IDS * (HEADER + 3.0)))
     weights = np.asarray(float(SUMS * whole.N))
-    gathered = _memory(group, tokens + whole.N * row)
+    gathered, zeros = _memory(group, tokens + whole.N * row), _memory(group, whole.N * row)
     forward = Stages(
         gate=gate_s,
         dispatch=header + gathered,
-        experts=experts_s,
+        experts=experts_s + zeros,
         combine=_memory(group, whole.N * row + sums) + group.all_reduce(np.asarray(sums)),
     )
     backward = Stages(
         gate=gate_back_s,
         dispatch=gathered + group.all_reduce(np.asarray(tokens)),
-        experts=experts_back_s,
+        experts=experts_back_s + zeros,
         combine=_memory(group, sums + 2.0 * whole.N * row) + group.all_reduce(weights),
     )
     return forward, backward

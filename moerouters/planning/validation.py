@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -53,29 +54,48 @@ class Compared(BaseModel):
         return self.simulated_ms[1] / self.measured_ms[1] - 1
 
 
-def compare(
-    cluster: Cluster, *, ranks: Sequence[int] = RANKS, shapes: Sequence[Shape] = SHAPES, device: str = "cpu"
-) -> list[Compared]:
-    """Run layers on worlds of these sizes, and simulate each."""
+@dataclass(frozen=True)
+class Timed:
+    """One layer on so many ranks, as it was measured."""
+
+    shape: Shape
+    ranks: int
+    backend: str
+    forward_s: float
+    both_s: float
+    rows: float
+    """Of the rank that has most."""
+
+
+def time_layers(*, ranks: Sequence[int] = RANKS, shapes: Sequence[Shape] = SHAPES, device: str = "cpu") -> list[Timed]:
+    """Run layers on worlds of these sizes."""
     found = []
-    number_bytes = 4 if device == "cpu" else 2
     for world in ranks:
         backends = COMPARED if world > 1 else ("local",)
         runs = [(shape, backend) for shape in shapes for backend in backends if shape.E % world == 0]
         taken = on_ranks(measure_layers, world, runs, device, device=device)[0]
-        for (shape, backend), (forward_s, both_s, rows) in zip(runs, taken, strict=True):
-            forward, backward = simulated(cluster, shape, backend, world, rows, number_bytes=number_bytes)
-            found.append(
-                Compared(
-                    shape=shape.name,
-                    sizes=shape.sizes(),
-                    ranks=world,
-                    backend=backend,
-                    imbalance=rows / shape.N,
-                    measured_ms=(1e3 * forward_s, 1e3 * both_s),
-                    simulated_ms=(1e3 * forward, 1e3 * (forward + backward)),
-                )
+        found += [Timed(shape, world, name, *each) for (shape, name), each in zip(runs, taken, strict=True)]
+    return found
+
+
+def compare(cluster: Cluster, timed: Sequence[Timed], *, number_bytes: int) -> list[Compared]:
+    """Simulate each of them, with the rows that its slowest rank really had."""
+    found = []
+    for each in timed:
+        forward, backward = simulated(
+            cluster, each.shape, each.backend, each.ranks, each.rows, number_bytes=number_bytes
+        )
+        found.append(
+            Compared(
+                shape=each.shape.name,
+                sizes=each.shape.sizes(),
+                ranks=each.ranks,
+                backend=each.backend,
+                imbalance=each.rows / each.shape.N,
+                measured_ms=(1e3 * each.forward_s, 1e3 * each.both_s),
+                simulated_ms=(1e3 * forward, 1e3 * (forward + backward)),
             )
+        )
     return found
 
 

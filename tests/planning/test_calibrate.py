@@ -12,7 +12,7 @@ from moerouters.cli import app
 from moerouters.errors import MoeroutersError
 from moerouters.planning import calibrate as calibration
 from moerouters.planning import validation
-from moerouters.planning.calibrate import Measured, fitted
+from moerouters.planning.calibrate import Measured, best_of, fitted
 from moerouters.planning.cluster import Cluster, Link, find_cluster
 from moerouters.planning.ranks import on_ranks
 from moerouters.planning.validation import COMPARED, Compared, simulated
@@ -92,6 +92,12 @@ def test_errors_are_relative_to_what_was_measured() -> None:
         shape="a", sizes={}, ranks=2, backend="padded", imbalance=1.0, measured_ms=(1.0, 4.0), simulated_ms=(1.0, 3.0)
     )
     assert row.error == pytest.approx(-0.25)
+
+
+def test_the_better_of_two_passes_is_kept() -> None:
+    slow, fast = world(2, share=0.5, latency=2e-3), world(2)
+    assert best_of(slow, fast) == best_of(fast, slow) == fast
+    assert best_of(world(1), world(1)) == world(1)
 
 
 @pytest.mark.dist

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from moerouters.bench.shapes import Shape
 from moerouters.dispatch.placement import LayerPlacement, PlacementMap
 from moerouters.lab.showcase import fingerprint
 from moerouters.planning import scale_page
@@ -15,7 +16,7 @@ from moerouters.planning.cluster import find_cluster
 from moerouters.planning.placing import ALGORITHMS
 from moerouters.planning.scale_page import PICTURED, Held, Projections, rendered, scenarios
 from moerouters.planning.simulation import simulate
-from moerouters.planning.validation import Compared
+from moerouters.planning.validation import Timed
 from moerouters_conformance.pool import rank_pool
 from support.markdown import code_blocks
 
@@ -77,22 +78,35 @@ def test_measuring_and_projecting_write_what_rendering_reads(tmp_path: Path, mon
     (docs / "benchmarks").mkdir(parents=True)
     (docs / "benchmarks" / "compare-tiny.json").write_bytes((DOCS / "benchmarks" / "compare-tiny.json").read_bytes())
     (docs / "scale.md").write_bytes((DOCS / "scale.md").read_bytes())
-    measured = Measured(ranks=1, flops_per_s=1e9, memory_bytes_per_s=1e9, forward_s=1e-3, backward_s=1e-3)
-    row = Compared(
-        shape="a", sizes=dict.fromkeys("TDEKF", 1), ranks=1, backend="local", imbalance=1.0, measured_ms=(1.0, 3.0),
-        simulated_ms=(1.0, 2.0),
-    )  # fmt: skip
-    monkeypatch.setattr(scale_page, "on_ranks", lambda job, ranks, device: [measured])
-    monkeypatch.setattr(scale_page, "compare", lambda cluster: [row])
+    each = dict.fromkeys(("all_to_all", "all_gather", "reduce_scatter", "all_reduce"), 1e-3)
+    measured = Measured(
+        ranks=1,
+        flops_per_s=1e9,
+        memory_bytes_per_s=1e9,
+        forward_s=1e-3,
+        backward_s=1e-3,
+        latency_s=each,
+        bytes_per_s=each,
+    )
+    rates, times = iter([1e9, 2e9, 1e9] * 2), iter([(2e-3, 9e-3), (3e-3, 8e-3)])
+    shape = Shape(name="a", T=8, D=8, E=2, K=1, F=8)
+
+    def found(job: object, ranks: int, device: str) -> list[Measured]:
+        return [measured.model_copy(update={"ranks": ranks, "flops_per_s": ranks * next(rates)})]
+
+    monkeypatch.setattr(scale_page, "on_ranks", found)
+    monkeypatch.setattr(scale_page, "time_layers", lambda: [Timed(shape, 1, "local", *next(times), 8.0)])
     committed = Projections.model_validate_json((DOCS / "benchmarks" / "scale.json").read_bytes())
     monkeypatch.setattr(scale_page, "scenarios", lambda docs: {name: name for name in committed.simulations})
     monkeypatch.setattr(scale_page, "simulate", lambda name: committed.simulations[name])
     monkeypatch.setattr(scale_page, "draw", lambda found: Figure())  # drawn elsewhere, which takes seconds
-    for command in (["measure"], ["project"], ["render"]):
+    for command in (["measure", "--passes", "2"], ["project"], ["render"]):
         scale_page.main([*command, str(docs), "--note", "a remark"])
-    assert Held.model_validate_json((docs / "benchmarks" / "simulate.json").read_bytes()).run.note == "a remark"
+    held = Held.model_validate_json((docs / "benchmarks" / "simulate.json").read_bytes())
+    assert held.run.note == "a remark" and held.compared[0].measured_ms == (2.0, 8.0)
+    assert [world.flops_per_s for world in held.measured] == [1e9, 4e9, 4e9]
     text = (docs / "scale.md").read_text(encoding="utf-8")
-    assert "3, -33%" in text and "**a remark**" in text
+    assert "Best of 2 passes. **a remark**" in text and "| a | 1 | 8, " in text
     assert rendered(text, docs) == text
     with pytest.raises(SystemExit, match="needs the marks"):
         rendered("nothing", docs)
