@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from moerouters.errors import ConfigError, ShapeError
-from moerouters.kernels.gating import Rule, open_groups, score_groups, score_logits, take_along_experts, weigh_chosen
+from moerouters.kernels.gating import open_groups, score_groups, score_logits, take_along_experts, weigh_chosen
+from moerouters.kernels.gating_rule import Rule
 from moerouters.kernels.topk import topk_lowest_id
 from moerouters.state import StatefulModule
 

@@ -14,7 +14,8 @@ from moerouters.bench.routing import context, router_of
 from moerouters.bench.timing import Ratio, median_of
 from moerouters.bench.weights import normal
 from moerouters.errors import MoeroutersError
-from moerouters.kernels.dual import dual_update, overshoot
+from moerouters.kernels.dual import dual_update
+from moerouters.kernels.overshoot import overshoot
 
 STEP, DUAL = "step", "dual"
 LAYER = "layer"

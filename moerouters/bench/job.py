@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from moerouters.bench.case import Request
-from moerouters.bench.measure import ALLOCATORS, cases_of, measure_apart
+from moerouters.bench.cases import cases_of
+from moerouters.bench.measure import ALLOCATORS, measure_apart
 from moerouters.bench.rows import Result, Skipped, stamp
 from moerouters.bench.shapes import growing, named_shapes
 from moerouters.errors import ConfigError

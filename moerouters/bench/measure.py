@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moerouters.bench.balance import balance_cases
 from moerouters.bench.case import Case, Request, Run, Unavailable
-from moerouters.bench.dispatch import dispatch_cases
-from moerouters.bench.layer import layer_cases
+from moerouters.bench.cases import cases_of
 from moerouters.bench.memory import peak_apart
-from moerouters.bench.router import router_cases
 from moerouters.bench.rows import Row, Skipped, rounded
 from moerouters.bench.timing import median_of, take_rounds, waiting
 from moerouters.errors import MoeroutersError
@@ -31,21 +28,10 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     # glibc gives freed memory back and asks for it anew, page by page: 0.5 ms per MiB for tensors of 32 MiB and more.
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
 }
-_SUBJECTS = {
-    "layer": layer_cases,
-    "router": router_cases,
-    "dispatch": dispatch_cases,
-    "balance": balance_cases,
-}
 _QWEN = "transformers.models.qwen3_moe.modeling_qwen3_moe"
 Rows = tuple[list[Row], list[Skipped]]
 Tell = Callable[[str], None]
 """Where progress goes."""
-
-
-def cases_of(request: Request) -> list[Case]:
-    """The tables of a request, none of which holds anything yet."""
-    return list(_SUBJECTS[request.subject](request))
 
 
 def measure(request: Request, *, allocator: str, peaks: Mapping[str, float] | None = None, tell: Tell = print) -> Rows:
@@ -54,7 +40,7 @@ def measure(request: Request, *, allocator: str, peaks: Mapping[str, float] | No
     rows: list[Row] = []
     skipped: list[Skipped] = []
     # A case is let go before the next one is made: weights of large shapes do not fit beside each other.
-    for index, case in enumerate(_SUBJECTS[request.subject](request)):
+    for index, case in enumerate(cases_of(request)):
         timed, missing = _measure_case(case, allocator, tell)
         rows += [row.model_copy(update={"peak_mib": (peaks or {}).get(f"{index} {row.impl}")}) for row in timed]
         skipped += missing

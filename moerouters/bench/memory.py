@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moerouters.bench.case import Request, Run, Unavailable
+from moerouters.bench.cases import cases_of
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -65,10 +66,8 @@ def peak_apart(request: Request, index: int, impl: str) -> float | None:
 
 
 def _measure(out: Connection, request: Request, index: int, impl: str) -> None:
-    from moerouters.bench.measure import cases_of
-
     torch.set_num_threads(request.threads)
-    case = cases_of(request)[index]
+    case = list(cases_of(request))[index]
     try:
         out.send(peak_mib(case.builds()[impl](), case.device))
     except Unavailable:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moerouters.kernels.bin_rule import EXPONENT_BIAS, MANTISSA_BITS, OCTAVE_BITS, bin_rule, num_bins
 from moerouters.kernels.counts import count_experts
 from moerouters.kernels.launch import triton_serves
 from moerouters.kernels.order_statistic import LOWEST
@@ -22,11 +23,7 @@ Array = npt.NDArray[Any]
 
 DIGIT_BITS = 8
 DIGITS = 1 << DIGIT_BITS
-OCTAVE_BITS = 3
-"""Eight bins per octave of distance."""
 _WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
-_MANTISSA = {4: 23, 8: 52}
-_BIAS = {4: 127, 8: 1023}
 
 
 def bin_edges(finest: int, widest: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -64,11 +61,6 @@ def _(values_ET: Tensor, centre_E: Tensor, finest: int, widest: int) -> Tensor:
     return values_ET.new_empty(values_ET.shape[0], num_bins(finest, widest), dtype=torch.int64)
 
 
-def num_bins(finest: int, widest: int) -> int:
-    """B + 1."""
-    return 2 * ((widest - finest << OCTAVE_BITS) + 1) + 1
-
-
 def bin_counts_torch(values_ET: Tensor, centre_E: Tensor, *, finest: int, widest: int) -> Tensor:
     """Reference of `bin_counts`, by bisection of the edges."""
     E = values_ET.shape[0]
@@ -77,13 +69,6 @@ def bin_counts_torch(values_ET: Tensor, centre_E: Tensor, *, finest: int, widest
     bins_ET = torch.bucketize((values_ET - centre_E.unsqueeze(1)).contiguous(), edges_B, right=True)
     ids_ET = torch.arange(E, device=values_ET.device).unsqueeze(1) * bins + bins_ET
     return count_experts(torch.where(values_ET > LOWEST, ids_ET, E * bins), E * bins).reshape(E, bins)
-
-
-def bin_rule(itemsize: int, finest: int, widest: int) -> tuple[int, int, int]:
-    """shift, base and marks: with d = (the value's bits as a signed magnitude) >> shift, the bin of a value is
-    clip(d, base - 1, base - 1 + marks) + clip(d, -base - marks, -base) + marks + 1."""
-    base = (_BIAS[itemsize] + finest) << OCTAVE_BITS
-    return _MANTISSA[itemsize] - OCTAVE_BITS, base, (widest - finest << OCTAVE_BITS) + 1
 
 
 def _bin_counts_numpy(values_ET: Tensor, centre_E: Tensor, finest: int, widest: int) -> Tensor:
@@ -176,4 +161,4 @@ def _shift(itemsize: int, depth: int) -> int:
 
 def _lowest_key(itemsize: int) -> int:
     """The key of -inf, which keys of NaN with a sign alone are below."""
-    return -((2 * _BIAS[itemsize] + 1) << _MANTISSA[itemsize]) - 1
+    return -((2 * EXPONENT_BIAS[itemsize] + 1) << MANTISSA_BITS[itemsize]) - 1

@@ -21,13 +21,11 @@ from torch import Tensor
 
 from moerouters.kernels.launch import triton_serves
 from moerouters.kernels.order_statistic import AT_ONCE, LOWEST, falling_in_place
+from moerouters.kernels.overshoot import FURTHER, overshoot
 from moerouters.kernels.selection_network import token_cutoffs, work_size
 from moerouters.kernels.workspace import borrowed
 
 Array = npt.NDArray[Any]
-
-FURTHER = 0.6
-"""By which share of its length a step goes further where experts are equally wanted."""
 
 
 def dual_update(
@@ -70,17 +68,6 @@ def _dual_update(
 @_dual_update.register_fake
 def _(scores_TE: Tensor, dual_E: Tensor, valid_T: Tensor | None, top_k: int, iterations: int, centred: bool) -> Tensor:
     return torch.empty_like(dual_E)
-
-
-def overshoot(wanted_E: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-    """float64 0-d in [0, FURTHER]: the share of its length by which a step goes further, from the bids above q.
-
-    wanted_E: int64, tokens whose s - p exceeds q; tokens: int64 0-d, those that count. The more the one expert that is
-    wanted most, or least, is off its n K / E, the less: far from balance a longer step lands anywhere.
-    """
-    whole = (tokens * top_k).clamp_min(1)
-    off = (wanted_E.shape[0] * wanted_E - whole).abs().max()
-    return (FURTHER - off.double() / whole.double()).clamp_min(0)
 
 
 def dual_update_torch(

@@ -6,13 +6,14 @@ at a time: what it writes in between stays in cache, and its bits are those of t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moerouters.kernels.counts import count_experts
+from moerouters.kernels.gating_rule import Gated, Rule
 from moerouters.kernels.launch import triton_serves
 from moerouters.kernels.topk import topk_lowest_id
 
@@ -20,35 +21,6 @@ CHUNK = 1 << 20
 """Logits of one chunk on a CPU: 4 MiB in float32."""
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32
 """What the Triton kernel holds in registers, and passes it is unrolled to."""
-
-
-class Rule(NamedTuple):
-    """The part of `GatingSettings` that turns prepared logits into weights; fields as there."""
-
-    score: str
-    top_k: int
-    num_groups: int = 1
-    kept_groups: int = 1
-    group_score: str = "max"
-    softmax_after_topk: bool = False
-    renormalize: bool = True
-    eps: float = 1e-20
-    scale: float = 1.0
-
-
-class Gated(NamedTuple):
-    """What gating one batch gives."""
-
-    weights_TK: Tensor
-    """float32 (float64 of float64); 0 in empty slots, NaN in taken ones of a row that is not finite."""
-    expert_ids_TK: Tensor
-    """int64, slots by falling adjusted score, ties to the lowest id; E marks an empty slot (padding, score -inf)."""
-    cutoff_T: Tensor
-    """The (K+1)-th adjusted score, -inf where there is none; of length 0 if it was not wanted."""
-    load_E: Tensor
-    """int64, tokens per expert."""
-    finite_T: Tensor
-    """bool, whether all logits of the row are finite; padding is."""
 
 
 # The steps, which Gating's methods go through as well.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moerouters.bench import page, record
-from moerouters.bench.measure import cases_of
+from moerouters.bench.cases import cases_of
 from moerouters.bench.page import growth_power, load, rendered_log, rendered_page
 from moerouters.bench.rows import Row
 from moerouters.bench.shapes import SHAPES

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moerouters.kernels.bin_rule import num_bins
 from moerouters.kernels.bins import (
     bin_counts,
     bin_counts_torch,
     bin_edges,
     digit_counts,
     digit_counts_torch,
-    num_bins,
     sortable,
     unsortable,
 )

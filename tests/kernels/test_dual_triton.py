@@ -8,9 +8,10 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from moerouters.kernels.dual import FURTHER, dual_update_torch  # noqa: E402
+from moerouters.kernels.dual import dual_update_torch  # noqa: E402
 from moerouters.kernels.gpu import dual, order_statistic  # noqa: E402
 from moerouters.kernels.order_statistic import kth_largest_per_expert, kth_largest_per_expert_torch  # noqa: E402
+from moerouters.kernels.overshoot import FURTHER  # noqa: E402
 
 from .compiled import Case  # noqa: E402
 from .test_dual import scores  # noqa: E402

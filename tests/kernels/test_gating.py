@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from moerouters.kernels import gating
-from moerouters.kernels.gating import Gated, Rule, fused_gating, fused_gating_torch
+from moerouters.kernels.gating import fused_gating, fused_gating_torch
+from moerouters.kernels.gating_rule import Gated, Rule
 
 RULES = {
     "softmax": Rule("softmax", 3),

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from moerouters.kernels.gating import Rule, fused_gating_backward_torch, fused_gating_torch
+from moerouters.kernels.gating import fused_gating_backward_torch, fused_gating_torch
+from moerouters.kernels.gating_rule import Rule
 
 pytest.importorskip("triton")
 from moerouters.kernels.gpu import gating as gpu

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moerouters.kernels.bins import bin_rule, num_bins
+from moerouters.kernels.bin_rule import bin_rule, num_bins
 
 TILE = 2048
 """Tokens of one expert that a program counts."""

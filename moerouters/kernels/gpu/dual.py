@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moerouters.kernels.dual import FURTHER
 from moerouters.kernels.gpu.order_statistic import count_digits, descend, new_counts, unsortable
+from moerouters.kernels.overshoot import FURTHER
 
 SCORES_AT_ONCE = 2048
 """That a program of the token kernel holds in registers."""

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moerouters.kernels.gating import Gated, Rule
+from moerouters.kernels.gating_rule import Gated, Rule
 
 TILE = 2048
 """Logits that a program holds at a time: 16 in each of its 128 threads, eight tiles one after the other."""

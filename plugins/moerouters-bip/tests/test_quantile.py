@@ -13,7 +13,7 @@ from solver_study import Recipe
 from torch import Tensor
 
 from moerouters import Gating, LoadScope, MoELayer, RouteContext, StateAlgebra, attach
-from moerouters.kernels.bins import OCTAVE_BITS
+from moerouters.kernels.bin_rule import OCTAVE_BITS
 from moerouters.metrics import max_violation
 from moerouters_bip import QuantileConfig, QuantileRouter, solve_dual
 from moerouters_bip.histogram import BINS, FINEST

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moerouters import Gating, LoadScope, RouteContext
-from moerouters.kernels.bins import OCTAVE_BITS, bin_edges
+from moerouters.kernels.bin_rule import OCTAVE_BITS
+from moerouters.kernels.bins import bin_edges
 from moerouters.metrics import max_violation
 from moerouters_bip import BipConfig, BipRouter, solve_dual
 from moerouters_bip.columns import LOWEST, LocalColumns

@@ -9,7 +9,7 @@ import torch
 from solver_study import COLD, Recipe, cold, further, plain, violation, warm
 
 from moerouters import Gating
-from moerouters.kernels.dual import FURTHER, overshoot
+from moerouters.kernels.overshoot import FURTHER, overshoot
 from moerouters.metrics import max_violation
 from moerouters_bip import BipRouter, solve_dual
 

@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moerouters.kernels.dual import dual_update, overshoot
+from moerouters.kernels.dual import dual_update
+from moerouters.kernels.overshoot import overshoot
 from moerouters_bip.columns import LOWEST, Falling, LocalColumns, MakeColumns
 
 Variant = Literal["centred", "published"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moerouters.kernels.bins import bin_counts, bin_edges, num_bins
+from moerouters.kernels.bin_rule import num_bins
+from moerouters.kernels.bins import bin_counts, bin_edges
 from moerouters_bip.columns import between
 from moerouters_bip.ranks import Ranks
 
