@@ -43,7 +43,7 @@ def test_torchrun_trains_what_one_process_trains(tmp_path: Path) -> None:
         [*command, *options(text, tmp_path / "ranks", *spread)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,  # one minute on two idle cores
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
