@@ -21,13 +21,19 @@ def save_router_state(model: nn.Module, path: str | Path) -> None:
     save_file(state, path, metadata={"schema": _SCHEMA})
 
 
+def read_router_state(path: str | Path) -> dict[str, Tensor]:
+    """What `save_router_state` wrote, by name. Raises TraceError for any other file."""
+    saved, _ = read_tensors(path, schema=_SCHEMA, what="router state", fix="pass a file that save_router_state wrote")
+    return saved
+
+
 def load_router_state(model: nn.Module, path: str | Path) -> None:
     """Copy saved state into the routers of `model`, in place.
 
     Raises TraceError, before anything is written, if the file is no router state or names and shapes do not match
     exactly: a router that silently starts from zero is a different experiment.
     """
-    saved, _ = read_tensors(path, schema=_SCHEMA, what="router state", fix="pass a file that save_router_state wrote")
+    saved = read_router_state(path)
     own = _state(model)
     differing = sorted(
         name for name in own.keys() | saved.keys()
