@@ -38,7 +38,7 @@ def peak_mib(run: Run, device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / _MIB
     from torch.profiler import ProfilerActivity, profile
 
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
         run()
     held = highest = 0
@@ -75,7 +75,7 @@ def _measure(out: Connection, request: Request, index: int, impl: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep away what the profiler's own libraries write to standard error, past Python's."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moerouters.autocast import no_autocast
+from moerouters.lab.cache import KeyValueCache
 from moerouters.lab.settings import Settings
 from moerouters.routed import RoutedModule
 from moerouters.router import Router
@@ -28,12 +29,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size, bias=False)
         self.out = nn.Linear(settings.hidden_size, settings.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], weights_BSE: Tensor | None = None) -> Tensor:
-        """weights_BSE: what each expert's heads weigh at each token."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        weights_BSE: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """weights_BSE: what each expert's heads weigh at each token. cache: of earlier tokens; these ones are added."""
         heads = self.qkv(x_BSD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        key, value = (self._for_queries(x) for x in (rotate(key, rotary), value))
-        y = F.scaled_dot_product_attention(rotate(query, rotary), key, value, is_causal=True)
+        key, seen, earlier = rotate(key, rotary), None, 0
+        if cache is not None:
+            seen, earlier = cache.visible(x_BSD.shape[1], x_BSD.device), cache.length
+            key, value = cache.extended(key, value)
+        key, value = self._for_queries(key), self._for_queries(value)
+        query = rotate(query, rotary)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=earlier == 0)
         y_BSHd = y.transpose(1, 2)
         if weights_BSE is not None:
             weights_BSH = weights_BSE.repeat_interleave(self.heads // self.experts, dim=-1)
@@ -62,13 +74,15 @@ class MixtureOfAttention(RoutedModule):
         self.gate = nn.Linear(settings.hidden_size, settings.attention_experts, bias=False)
         self._set_router(router, hidden_size=settings.hidden_size, loss_mode="collect")
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], ctx: RouteContext) -> tuple[Tensor, Assignment]:
+    def forward(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], ctx: RouteContext, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Assignment]:
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         with no_autocast(x_BSD.device):
             logits_TE = F.linear(x_BSD.flatten(0, 1).to(dtype), self.gate.weight.to(dtype))
         assignment = self._account(self._assign(logits_TE, ctx))
         weights_BSE = _weights_of_all(assignment).reshape(*x_BSD.shape[:2], -1)
-        return self.attention(x_BSD, rotary, weights_BSE), assignment
+        return self.attention(x_BSD, rotary, weights_BSE, cache), assignment
 
     def _router_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.gate.parameters()
@@ -83,10 +97,11 @@ def _weights_of_all(assignment: Assignment) -> Tensor:
     return padded.scatter(1, ids_TK, weights_TK)[:, :-1]
 
 
-def rotary_table(length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [S, head_size / 2] (arXiv:2104.09864)."""
+def rotary_table(length: int, head_size: int, device: torch.device, *, first: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin of `length` positions from `first` on, float32 [S, head_size / 2] (arXiv:2104.09864)."""
     exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), _ROTARY_BASE**-exponents)
+    positions = torch.arange(first, first + length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, _ROTARY_BASE**-exponents)
     return angles.cos(), angles.sin()
 
 

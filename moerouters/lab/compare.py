@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from moerouters.errors import ConfigError, DispatchError, MoeroutersError
+from moerouters.errors import ConfigError, DispatchError, MoeroutersError, PipelineError
 from moerouters.lab.batches import validation_count
 from moerouters.lab.corpus import Corpus
 from moerouters.lab.determinism import deterministic
@@ -25,7 +25,7 @@ from moerouters.lab.results import Environment, Results, RunResult, SkippedRoute
 from moerouters.lab.roster import Entrant
 from moerouters.lab.run import Run, run_name
 from moerouters.lab.settings import Settings
-from moerouters.lab.train import Trainer
+from moerouters.lab.staged import make_trainer
 from moerouters.registry.discovery import host_version
 
 
@@ -65,6 +65,13 @@ class Comparison:
                 "--resume and --overwrite exclude each other.",
                 why="one keeps what the other throws away",
                 fix="pick one",
+            )
+        if self.settings.dense_size:
+            raise ConfigError(
+                "a dense model has no router to compare.",
+                where=f"dense_size={self.settings.dense_size}",
+                why="every router would train the same model",
+                fix="leave it out; `moerouters study` compares dense models with MoE models",
             )
         self.corpus.require(self.settings.sequence_length)
         s = self.settings
@@ -136,7 +143,7 @@ class Comparison:
             results.save(self.output)
 
     def _one(self, entrant: Entrant, seed: int, listener: Listener, stop: StopRequest) -> RunResult:
-        trainer = Trainer(
+        trainer = make_trainer(
             entrant,
             seed=seed,
             settings=self.settings,
@@ -156,15 +163,16 @@ class Comparison:
                 listener.stepped(trainer.history)
                 if trainer.step % self.settings.checkpoint_every == 0:
                     run.checkpoint()
-            loss = trainer.validation_loss()
+            validation = trainer.validate()
             self.ranks.require_same_state(trainer.model)
         except Exception as error:
             # Another rank may not have failed, and would wait for this one for ever: let the launcher end them all.
             # Only what all ranks find out alike - routers, losses - is a result; a failed exchange is not.
-            if self.ranks.size > 1 and (not isinstance(error, MoeroutersError) or isinstance(error, DispatchError)):
+            own = isinstance(error, MoeroutersError) and not isinstance(error, DispatchError | PipelineError)
+            if self.ranks.size > 1 and not own:
                 raise
             return run.failed(error)
-        return run.completed(loss)
+        return run.completed(validation)
 
     def _stopped(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop: they have to leave the loop at the same step."""
@@ -191,5 +199,7 @@ def environment(device: torch.device, settings: Settings, ranks: Ranks) -> Envir
         ranks=ranks.size,
         expert_parallel=1 if ranks.experts is None else ranks.experts.size,
         dispatcher=None if ranks.experts is None else ranks.experts.label,
+        pipeline=1 if ranks.pipeline is None else ranks.pipeline.size,
+        schedule=None if ranks.pipeline is None else ranks.pipeline.schedule.name,
         autocast="bfloat16" if on_gpu and settings.bf16 else None,
     )

@@ -90,4 +90,4 @@ def print_results(console: Console, results: Results) -> None:
         cells = [Text("\n".join(summary.parts(column))) for column in columns]
         table.add_row(Text(summary.label), *cells, *([Text(summary.status)] if failures else []))
     console.print(table)
-    console.print(Text("In brackets: the worst layer. +- is the standard deviation over seeds."), style="dim")
+    console.print(Text("In brackets: the worst layer. +- is half the 95% confidence interval over seeds."), style="dim")

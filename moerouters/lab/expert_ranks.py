@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,9 +77,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def expert_ranks(
-    size: int, dispatcher: str, *, num_experts: int, model_parallel: int = 1, device: str = "cpu"
+    size: int,
+    dispatcher: str,
+    *,
+    num_experts: int,
+    model_parallel: int = 1,
+    stages: int = 1,
+    device: str = "cpu",
 ) -> ExpertRanks:
     """Form groups of `size` neighbours out of all ranks; a collective. model_parallel: neighbours that cut each expert.
+    stages: neighbouring groups that hold the experts of other layers, in a pipeline.
 
     Raises ConfigError where numbers of ranks, or of experts, are not multiples of another, no such dispatcher is, or
     that one cuts no experts.
@@ -93,14 +101,14 @@ def expert_ranks(
             why="experts are cut along the third dimension of a mesh",
             fix="--dispatcher mesh3d",
         )
-    group = _mine([range(first, first + size) for first in range(0, world, size)])
-    peers = _mine([range(place, world, size) for place in range(size)])
+    group = partition_group([range(first, first + size) for first in range(0, world, size)])
+    peers = partition_group([range(place, world, size * stages) for place in range(size * stages)])
     mesh = _mesh(world, size, model_parallel, peers, device) if dispatcher == "mesh3d" else None
     site = Site(group, backend=dispatcher, mesh=mesh)
     made = make_dispatcher(dispatcher, site)
     (site if mesh is None else replace(site, group=mesh.get_group(1))).experts_here(num_experts)
     alike = size if made.replicated else model_parallel
-    distinct = peers if alike == size else _mine([range(place, world, alike) for place in range(alike)])
+    distinct = peers if alike == size else partition_group([range(place, world, alike) for place in range(alike)])
     return ExpertRanks(
         size=size,
         dispatcher=dispatcher,
@@ -124,14 +132,14 @@ def _expect_groups(ranks: int, size: int, option: str, why: str) -> None:
 
 def _mesh(world: int, size: int, model_parallel: int, peers: dist.ProcessGroup, device: str) -> DeviceMesh:
     firsts = range(0, world, size)
-    model = _mine([range(at, at + model_parallel) for at in range(0, world, model_parallel)])
-    expert = _mine([range(f + p, f + size, model_parallel) for f in firsts for p in range(model_parallel)])
+    model = partition_group([range(at, at + model_parallel) for at in range(0, world, model_parallel)])
+    expert = partition_group([range(f + p, f + size, model_parallel) for f in firsts for p in range(model_parallel)])
     ranks = torch.arange(world).view(-1, size // model_parallel, model_parallel)
     return DeviceMesh.from_group([peers, expert, model], device, ranks, mesh_dim_names=("data", "expert", "model"))
 
 
-def _mine(partition: list[range]) -> dist.ProcessGroup:
-    """The group of the part that holds this rank. All ranks make all groups: torch wants it so."""
+def partition_group(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """The group of the part that holds this rank; a collective. All ranks make all groups: torch wants it so."""
     made, _ = dist.new_subgroups_by_enumeration([list(part) for part in partition])  # type: ignore[no-untyped-call]
     assert isinstance(made, dist.ProcessGroup)
     return made

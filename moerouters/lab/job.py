@@ -20,13 +20,16 @@ from moerouters.lab.corpus import Corpus
 from moerouters.lab.expert_ranks import expert_ranks
 from moerouters.lab.interrupt import StopRequest
 from moerouters.lab.overrides import parse_changes
+from moerouters.lab.pipeline_ranks import pipeline_ranks, schedule_of
 from moerouters.lab.presets import preset
 from moerouters.lab.ranks import Ranks, joined_ranks
 from moerouters.lab.report import require_report_extra, write_report
 from moerouters.lab.roster import default_roster, named_roster
 from moerouters.lab.settings import Settings
+from moerouters.pipeline.stages import runs
 
 DEFAULT_DISPATCHER = "auto"
+DEFAULT_SCHEDULE = "1f1b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,10 @@ class CompareOptions:
     model_parallel: int
     dispatcher: str | None
     """None: the default where experts are spread."""
+    pipeline: int
+    tensor: int
+    schedule: str | None
+    """None: the default in a pipeline."""
     device: str
     output: Path
     resume: bool
@@ -110,7 +117,11 @@ def introduce(console: Console, comparison: Comparison) -> None:
     settings, seeds = comparison.settings, ", ".join(map(str, comparison.seeds))
     size = f"{settings.steps} steps of {settings.batch_tokens} bytes"
     console.print(Text(f"preset {comparison.preset}: {size}, seeds {seeds}, on {comparison.device}"))
-    experts = comparison.ranks.experts
+    experts, pipeline = comparison.ranks.experts, comparison.ranks.pipeline
+    if pipeline is not None:
+        console.print(
+            Text(f"{comparison.ranks.size} ranks, layers in pipelines of {pipeline.size}, {pipeline.schedule.name}")
+        )
     if experts is not None:
         ranks = f"{comparison.ranks.size} ranks, experts over groups of {experts.size}"
         console.print(Text(f"{ranks}, dispatcher {experts.label}"))
@@ -166,25 +177,55 @@ def _settings(options: CompareOptions) -> Settings:
 
 
 def _spread(options: CompareOptions, ranks: Ranks, settings: Settings, device: torch.device) -> Ranks:
-    """The ranks with experts spread over groups of them, if that was asked for."""
-    if options.expert_parallel == 1:
-        if options.dispatcher is None and options.model_parallel == 1:
-            return ranks
+    """The ranks with layers and experts spread over groups of them, where that was asked for."""
+    size, dispatcher, stages = options.expert_parallel, options.dispatcher, options.pipeline
+    if options.tensor > 1:
+        _expect_no_other_experts(options, f"--tensor {options.tensor}")
+        size, dispatcher = options.tensor, "tensor_sliced"
+    elif stages > 1:
+        _expect_no_other_experts(options, f"--pipeline {stages}")
+    elif size == 1 and (dispatcher is not None or options.model_parallel > 1):
         raise ConfigError(
             "there is nothing to dispatch.",
-            where=f"--dispatcher {options.dispatcher} --model-parallel {options.model_parallel}",
+            where=f"--dispatcher {dispatcher} --model-parallel {options.model_parallel}",
             why="every rank has all experts",
             fix="add --expert-parallel N, under torchrun with a multiple of N ranks",
         )
-    dispatcher = options.dispatcher or DEFAULT_DISPATCHER
+    if stages > 1:
+        schedule = schedule_of(
+            options.schedule or DEFAULT_SCHEDULE, num_ranks=stages, num_microbatches=settings.accumulation_steps
+        )
+        runs(settings.num_layers, schedule.num_stages)  # refused before groups are made
+        ranks = replace(ranks, pipeline=pipeline_ranks(schedule, tensor=size))
+    elif options.schedule is not None:
+        raise ConfigError(
+            "there is nothing to schedule.",
+            where=f"--schedule {options.schedule}",
+            why="every rank has all layers",
+            fix="add --pipeline P, under torchrun with a multiple of P ranks",
+        )
+    if size == 1:
+        return ranks
     experts = expert_ranks(
-        options.expert_parallel,
-        dispatcher,
+        size,
+        dispatcher or DEFAULT_DISPATCHER,
         num_experts=settings.num_experts,
         model_parallel=options.model_parallel,
+        stages=stages,
         device=device.type,
     )
     return replace(ranks, experts=experts)
+
+
+def _expect_no_other_experts(options: CompareOptions, where: str) -> None:
+    """Raise ConfigError for what spreads experts in another way than --tensor does."""
+    if options.expert_parallel > 1 or options.model_parallel > 1 or options.dispatcher is not None:
+        raise ConfigError(
+            "experts are spread in two ways.",
+            where=f"{where}, beside --expert-parallel, --model-parallel or --dispatcher",
+            why="--tensor T spreads them over T ranks with the same tokens, and in a pipeline nothing else does",
+            fix="take one of them",
+        )
 
 
 def _corpus(text: Path | None) -> Corpus:

@@ -11,6 +11,7 @@ import torch
 from moerouters.lab.history import History
 from moerouters.lab.results import LayerBalance, RunResult, WorstLayer
 from moerouters.lab.roster import Entrant
+from moerouters.lab.train import Validation
 from moerouters.metrics import RunBalance
 from moerouters.registry import info
 from moerouters.registry.configs import make_config
@@ -26,12 +27,12 @@ def measure(
     seed: int,
     status: Literal["completed", "interrupted", "failed"],
     parameters: int,
-    validation_loss: float | None = None,
+    validation: Validation | None = None,
     error: str | None = None,
     history_file: str | None = None,
 ) -> RunResult:
     """The record of a run from what is known of it; metrics without data are None."""
-    loss = validation_loss
+    loss = None if validation is None else validation.loss
     return RunResult(
         router=entrant.name,
         label=entrant.label,
@@ -42,6 +43,7 @@ def measure(
         steps=len(history),
         perplexity=None if loss is None else math.exp(loss),
         bits_per_byte=None if loss is None else loss / math.log(2),
+        max_vio_global=None if validation is None else validation.max_vio,
         parameters=parameters,
         history=history_file,
         provenance=entrant.provenance,

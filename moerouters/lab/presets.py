@@ -48,8 +48,16 @@ _MINIMIND_16 = Settings(
     checkpoint_every=250,
 )
 
+# The shape of the 1B model of arXiv:2408.15664: 64 routed experts, K = 6, two shared ones, sigmoid scores. As many
+# active parameters as tiny.
+_DEEPSEEK = _TINY.override(
+    {"num_experts": 64, "top_k": 6, "expert_size": 32, "shared_size": 64, "score": "sigmoid", "renormalize": False}
+)
+
 PRESETS = {
     "tiny": _TINY,
+    "tiny-64": _TINY.override({"num_experts": 64, "top_k": 8, "expert_size": 32}),
+    "tiny-deepseek": _DEEPSEEK,
     "minimind-16": _MINIMIND_16,
     "minimind-64": _MINIMIND_16.override({"num_experts": 64, "top_k": 8}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch.nn.utils import get_total_norm
 
 from moerouters.errors import ConfigError, MoeroutersError
 from moerouters.lab.expert_ranks import ExpertRanks, local
+from moerouters.lab.model import LanguageModel
+from moerouters.lab.pipeline_ranks import PipelineRanks
+from moerouters.lab.stage import empty_elsewhere, tied_copies
 from moerouters.router import Router
 from moerouters.sharding import expert_parameters
 
@@ -27,6 +31,8 @@ class Ranks:
     size: int = 1
     experts: ExpertRanks | None = None
     """Over whom the experts are spread; None where every rank has all of them."""
+    pipeline: PipelineRanks | None = None
+    """Over whom the layers are spread; None where every rank has all of them."""
 
     @property
     def first(self) -> bool:
@@ -35,7 +41,7 @@ class Ranks:
 
     @property
     def shards(self) -> int:
-        """In how many parts a batch is cut. Ranks that hold the same tokens (tensor-parallel) share one."""
+        """In how many parts a batch is cut. Ranks that see the same tokens (tensor-parallel, a pipeline) share one."""
         return self.size // self._alike
 
     @property
@@ -45,11 +51,14 @@ class Ranks:
 
     @property
     def _alike(self) -> int:
-        return 1 if self.experts is None else self.experts.alike
+        tensor = 1 if self.experts is None else self.experts.alike
+        return tensor * (1 if self.pipeline is None else self.pipeline.size)
 
     @property
     def token_group(self) -> dist.ProcessGroup | None:
-        """Ranks that together hold every token once, as `attach` wants them; None: all."""
+        """Ranks with the layers of this one that together hold every token once, as `attach` wants them; None: all."""
+        if self.pipeline is not None:
+            return self.pipeline.data
         return None if self.experts is None else self.experts.distinct
 
     def part(self, rows: Tensor) -> Tensor:
@@ -66,21 +75,32 @@ class Ranks:
             )
 
     def require_even_validation(self, windows: int, *, capacity_factor: float | None) -> None:
-        """Raise ConfigError where some rank would get fewer validation windows, and the dispatcher cannot have that."""
-        if self.experts is not None and self.experts.may_pad(capacity_factor) and windows % self.shards:
+        """Raise ConfigError where some rank would get fewer validation windows, and dispatcher or pipeline mind."""
+        if not windows % self.shards:
+            return
+        fix = f"--set validation_sequences={max(1, windows // self.shards) * self.shards}"
+        what = f"{windows} validation windows cannot be shared evenly by {self.shards} ranks."
+        if self.experts is not None and self.experts.may_pad(capacity_factor):
             raise ConfigError(
-                f"{windows} validation windows cannot be shared evenly by {self.shards} ranks.",
+                what,
                 where=f"--dispatcher {self.experts.dispatcher}",
                 why="its blocks have one size on all ranks, which follows from the number of tokens",
-                fix=f"--set validation_sequences={max(1, windows // self.shards) * self.shards}, or another dispatcher",
+                fix=f"{fix}, or another dispatcher",
             )
+        if self.pipeline is not None:
+            raise ConfigError(what, where="--pipeline", why="a microbatch has as many rows in every pipeline", fix=fix)
 
     def sum(self, value: Tensor) -> Tensor:
         """The elementwise sum over ranks, on every rank."""
         return _summed(value, None) if self.size > 1 else value
 
     def sum_over_tokens(self, value: Tensor) -> Tensor:
-        """The elementwise sum over the parts of a batch, each counted once, on every rank."""
+        """The elementwise sum over the parts of a batch, each counted once, on every rank.
+
+        In a pipeline every rank gives what its stages know, and zeros for the others.
+        """
+        if self.pipeline is not None:
+            return _summed(value, self.pipeline.column)
         return _summed(value, self.token_group) if self.shards > 1 else value
 
     def wait(self) -> None:
@@ -88,8 +108,12 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
-    def spread(self, model: nn.Module) -> None:
-        """Leave this rank its part of the experts; before the optimizer is made. Nothing without expert parallelism."""
+    def spread(self, model: LanguageModel) -> None:
+        """Leave this rank its layers and its part of their experts, of those that are spread; before the optimizer is
+        made."""
+        if self.pipeline is not None:
+            stages = self.pipeline.layers_here(len(model.blocks)).values()
+            empty_elsewhere(model, set(itertools.chain(*stages)))
         if self.experts is not None:
             self.experts.spread(model)
 
@@ -101,20 +125,29 @@ class Ranks:
         if self.size == 1:
             return
         shared, own = _split(model)
-        # Over all ranks, also where some hold the same tokens: then no rank is one rounding away from the others.
-        _sum_gradients(shared, None, divisor=self.size)
+        # Also over ranks that hold the same tokens: then none is one rounding away from the others.
+        copies = None if self.pipeline is None else self.pipeline.replicas
+        _sum_gradients(shared, copies, divisor=self.size if copies is None else copies.size())
         if self.experts is not None:
             _sum_gradients(own, self.experts.peers, divisor=self.shards)
 
     def gradient_norm(self, model: nn.Module) -> Tensor:
         """0-d: the norm of the averaged gradient of the whole model, the same bits on every rank."""
         shared, own = _split(model)
+        if self.pipeline is not None:
+            copies = {id(parameter) for parameter in tied_copies(model)}
+            shared = [parameter for parameter in shared if id(parameter) not in copies]
         norm = get_total_norm(_gradients(shared))
-        if self.experts is None:
-            return norm
-        owners = self.size // self.experts.size
-        squared = self.sum(get_total_norm(_gradients(own)).square()) / owners
-        return (norm.square() + squared).sqrt()
+        if self.experts is None and self.pipeline is None:
+            return norm  # the bits of torch's own
+        squared = norm.square()
+        if self.pipeline is not None:
+            squared = _summed(squared, self.pipeline.pipeline)
+        if self.experts is not None:
+            stages = 1 if self.pipeline is None else self.pipeline.size
+            owners = self.size // (self.experts.size * stages)
+            squared = squared + self.sum(get_total_norm(_gradients(own)).square()) / owners
+        return squared.sqrt()
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> None:
         """As torch.nn.utils.clip_grad_norm_, by the norm of the whole model; that function takes no DTensors beside
@@ -139,9 +172,21 @@ class Ranks:
         everyone = [torch.empty_like(prints) for _ in range(self.size)]
         dist.all_gather(everyone, prints)
         states, weights, experts = torch.stack(everyone).t().tolist()
-        _expect_alike("balancer state", states, of=1)
-        _expect_alike("weights", weights, of=1)
-        _expect_alike("experts", experts, of=1 if self.experts is None else self.experts.size)
+        with_weights = [0 if self.pipeline is None else self.pipeline.first_alike(rank) for rank in range(self.size)]
+        group = 1 if self.experts is None else self.experts.size
+        with_experts = [first + rank % group for rank, first in enumerate(with_weights)]
+        _expect_alike("balancer state", states, with_weights)
+        _expect_alike("weights", weights, with_weights)
+        _expect_alike("experts", experts, with_experts)
+
+    def raise_together(self, error: MoeroutersError | None) -> None:
+        """Raise on all ranks what a rank has found; a collective. Only the ranks of a stage see what its layers do."""
+        failed = torch.tensor(float(error is not None))
+        dist.all_reduce(failed)
+        if failed > 0:
+            found: list[MoeroutersError | None] = [None] * self.size
+            dist.all_gather_object(found, error)
+            raise next(each for each in found if each is not None) from error
 
 
 @contextmanager
@@ -194,12 +239,12 @@ def _router_state(model: nn.Module) -> list[Tensor]:
     return [value for router in routers for value in router.state_dict().values()]
 
 
-def _expect_alike(what: str, prints: Sequence[int], *, of: int) -> None:
-    """Raise MoeroutersError unless rank r has the print of rank r modulo `of`."""
-    odd = [rank for rank, value in enumerate(prints) if value != prints[rank % of]]
+def _expect_alike(what: str, prints: Sequence[int], firsts: Sequence[int]) -> None:
+    """Raise MoeroutersError unless every rank has the print of the first rank that should hold the same."""
+    odd = [rank for rank, first in enumerate(firsts) if prints[rank] != prints[first]]
     if odd:
         raise MoeroutersError(
-            f"after training, ranks {odd} hold other {what} than rank {odd[0] % of}.",
+            f"after training, ranks {odd} hold other {what} than rank {firsts[odd[0]]}.",
             why="data-parallel ranks apply the same updates to the same state",
             fix="a router must change only in update(stats), and by what is in stats",
         )

@@ -33,6 +33,10 @@ class Environment(_Record):
     """Ranks over which the experts of a layer are spread."""
     dispatcher: str | None = None
     """The back-end that brings tokens to them."""
+    pipeline: int = 1
+    """Ranks over which the layers are spread."""
+    schedule: str | None = None
+    """Of that pipeline."""
     autocast: str | None
     deterministic: Literal[True] = True
 
@@ -87,6 +91,8 @@ class RunResult(_Record):
     dead_experts: int | None
     micro_avg_max_vio: float | None
     micro_sup_max_vio: float | None
+    max_vio_global: float | None = None
+    """Of the loads over all held-out text; None also in files that are older than the field."""
     worst_layer: WorstLayer | None
     layers: LayerBalance | None
     step_ms: float | None

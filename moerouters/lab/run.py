@@ -14,7 +14,7 @@ from moerouters.lab.files import atomic_path, write_text
 from moerouters.lab.measure import measure
 from moerouters.lab.results import RunResult
 from moerouters.lab.roster import Entrant
-from moerouters.lab.train import Trainer
+from moerouters.lab.train import Trainer, Validation
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         provenance, trainer = self.entrant.provenance, self.trainer
-        experts = trainer.ranks.experts
+        experts, pipeline = trainer.ranks.experts, trainer.ranks.pipeline
         return {
             "router": self.entrant.name,
             "plugin": f"{provenance.distribution} {provenance.version}",
@@ -52,6 +52,7 @@ class Run:
             "corpus": trainer.corpus.info.sha256,
             "ranks": trainer.ranks.size,
             "experts": None if experts is None else f"{experts.label} over {experts.size} ranks",
+            "pipeline": None if pipeline is None else pipeline.label,
         }
 
     def resume(self) -> None:
@@ -66,9 +67,9 @@ class Run:
         if self._writes:
             save_checkpoint(self._checkpoint, state, identity=self._identity())
 
-    def completed(self, validation_loss: float) -> RunResult:
+    def completed(self, validation: Validation) -> RunResult:
         """The record of a run that reached its end; it needs no checkpoint any more."""
-        result = self._result("completed", validation_loss=validation_loss)
+        result = self._result("completed", validation=validation)
         if self._writes:
             self._checkpoint.unlink(missing_ok=True)
         return result
@@ -88,7 +89,7 @@ class Run:
         self,
         status: Literal["completed", "interrupted", "failed"],
         *,
-        validation_loss: float | None = None,
+        validation: Validation | None = None,
         error: str | None = None,
     ) -> RunResult:
         history, file = self.trainer.history, self.folder / "history.safetensors"
@@ -101,7 +102,7 @@ class Run:
             seed=self.seed,
             status=status,
             parameters=self.trainer.num_parameters,
-            validation_loss=validation_loss,
+            validation=validation,
             error=error,
             history_file=file.relative_to(self.output).as_posix() if len(history) else None,
         )

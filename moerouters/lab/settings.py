@@ -31,6 +31,9 @@ class Settings(BaseModel):
     )
     attention_loss: float = Field(default=1.0, gt=0, description="Factor on the losses of the attention's routers.")
     tied_head: bool = Field(default=True, description="The output projection is the embedding.")
+    dense_size: int = Field(
+        default=0, ge=0, description="Width of a dense SwiGLU MLP in place of every MoE layer; 0: MoE layers."
+    )
 
     num_experts: int = Field(ge=1, description="Experts per layer, E.")
     top_k: int = Field(ge=1, description="Experts per token, K.")

@@ -89,7 +89,7 @@ def table(showcase: Showcase) -> str:
             "",
             "MaxVio = max load / mean load - 1, over the batch that one update sees; AvgMaxVio and SupMaxVio are its "
             "mean and maximum over all training batches, MinVio = min load / mean load - 1 in the last step; mean over "
-            "layers, worst layer in parentheses; +- is the standard deviation over seeds. Perplexity is per byte, on "
+            "layers, worst layer in parentheses; +- is half the 95% interval over seeds. Perplexity is per byte, on "
             "held-out files.",
             "",
             "![MaxVio of every training batch](docs/images/compare-tiny.svg)",

@@ -1,20 +1,27 @@
-"""One row per router: the mean over its seeds, and how far they spread."""
+"""One row per router: the mean over its seeds, and how sure it is."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moerouters.lab.results import Results, RunResult
 
+# 97.5% points of Student's t by degrees of freedom, 1 to 30; beyond, the normal distribution's is near enough.
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over seeds and their sample standard deviation; None with one seed."""
+    """Mean over seeds, and half the width of its 95% confidence interval (Student's t); None with one seed."""
 
     mean: float
-    deviation: float | None
+    half_width: float | None
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
@@ -22,7 +29,13 @@ class Spread:
         known = [value for value in values if value is not None]
         if not known:
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+        return cls(statistics.fmean(known), _half_width(known) if len(known) > 1 else None)
+
+
+def _half_width(values: Sequence[float]) -> float:
+    freedom = len(values) - 1
+    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,12 @@ COLUMNS = (
         layered=True,
     ),
     Column(
+        title="global MaxVio",
+        metric="max_vio_global",
+        note="MaxVio over all held-out text at once, in eval mode",
+        terminal=False,
+    ),
+    Column(
         title="MinVio",
         metric="min_vio",
         note="min load / mean load - 1 in the last step; -1 is an expert without tokens",
@@ -116,8 +135,8 @@ class RouterSummary:
         if spread is None:
             return ["-"]
         parts = [f"{spread.mean:.{column.digits}f}"]
-        if spread.deviation is not None:
-            parts.append(f"+- {spread.deviation:.{column.digits}f}")
+        if spread.half_width is not None:
+            parts.append(f"+- {spread.half_width:.{column.digits}f}")
         worst = Spread.of(column.worst(run) for run in self.runs)
         if worst is not None:
             parts.append(f"({worst.mean:.{column.digits}f})")

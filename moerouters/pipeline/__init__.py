@@ -3,7 +3,9 @@
 In reading order: `schedule` is the data, `builders` makes the well-known ones and `table` those of users, `check` says
 whether one can run, `simulate` how long it takes; `formats` reads and writes files, `gantt` and `console` draw, and
 `searching` finds better ones. `graph` says what a model's stages give each other, `lowering` makes a `program` for
-every rank, and `runtime` runs it: `Pipeline` and `cut` are imported when they are used, all else works without torch.
+every rank, and `runtime` runs it; `torch_engine` lets torch.distributed.pipelining do so, `controller` drives ranks
+from one process. `Pipeline`, `TorchPipeline`, `Controller` and `cut` are imported when they are used, all else works
+without torch.
 """
 
 from importlib import import_module
@@ -21,11 +23,14 @@ from moerouters.pipeline.simulate import Simulation, TimedTask, simulate
 from moerouters.pipeline.table import from_function, from_table
 
 if TYPE_CHECKING:
+    from moerouters.pipeline.controller import Controller
     from moerouters.pipeline.runtime import Pipeline
     from moerouters.pipeline.stages import cut
+    from moerouters.pipeline.torch_engine import TorchPipeline
 
 __all__ = [
     "BUILDERS",
+    "Controller",
     "Found",
     "Fused",
     "Kind",
@@ -38,6 +43,7 @@ __all__ = [
     "StageGraph",
     "Task",
     "TimedTask",
+    "TorchPipeline",
     "build",
     "check",
     "check_file",
@@ -53,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"Pipeline": "runtime", "cut": "stages"}
+    homes = {"Controller": "controller", "Pipeline": "runtime", "TorchPipeline": "torch_engine", "cut": "stages"}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{homes[name]}"), name)

@@ -70,6 +70,7 @@ class Execution:
         forms: dict[Buffer, Form],
         transport: Transport,
         site: Site,
+        on_task: Callable[[Task], None] | None = None,
     ) -> None:
         self.losses: dict[int, Tensor] = {}
         self.held = Held(activations=0, buffers=0)
@@ -79,7 +80,7 @@ class Execution:
         self._program, self._model, self._parts = program, model, parts
         self._num_microbatches = num_microbatches
         self._forms, self._introduces = forms, not forms
-        self._transport, self._site = transport, site
+        self._transport, self._site, self._on_task = transport, site, on_task
         self._tensors: dict[Buffer, Tensor | None] = {}
         self._forwards: dict[tuple[int, int], _Forward | WeightHalf] = {}
         self._coming: dict[Buffer, tuple[Work, Receive]] = {}
@@ -93,6 +94,8 @@ class Execution:
                 self._start_batch()
                 self.task = op.task
                 self._run(op.task)
+                if self._on_task is not None:
+                    self._on_task(op.task)
             elif isinstance(op, Delete):
                 del self._tensors[op.buffer]
                 self._coming.pop(op.buffer, None)
@@ -108,6 +111,8 @@ class Execution:
             case Kind.FORWARD:
                 self._forwards[key] = self._forward(task)
                 self._note_held()
+                if not torch.is_grad_enabled():
+                    del self._forwards[key]
                 return
             case Kind.WEIGHT_BACKWARD:
                 half = self._forwards[key]

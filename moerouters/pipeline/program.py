@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moerouters.pipeline.schedule import Kind, Task
 
@@ -114,6 +114,10 @@ class Program:
             yield op, Held(activations=activations, buffers=len(buffers))
             activations -= ended
 
+    def forwards(self, num_microbatches: int) -> Program:
+        """What of it evaluates the first so many microbatches: a part of the same order, so ranks still match."""
+        return replace(self, ops=tuple(op for op in self.ops if _evaluates(op, num_microbatches)))
+
     def peak(self) -> Held:
         """The largest of each over the step."""
         found = [held for _, held in self.held()]
@@ -124,3 +128,9 @@ class Program:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.ops))
+
+
+def _evaluates(op: Op, num_microbatches: int) -> bool:
+    if isinstance(op, Run):
+        return op.task.kind is Kind.FORWARD and op.task.microbatch < num_microbatches
+    return not op.buffer.is_gradient and op.buffer.microbatch < num_microbatches

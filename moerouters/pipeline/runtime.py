@@ -16,8 +16,8 @@ from moerouters.errors import ConfigError, PipelineError, ScheduleError
 from moerouters.pipeline.execution import Execution, Model, named
 from moerouters.pipeline.graph import StageGraph
 from moerouters.pipeline.lowering import lower
-from moerouters.pipeline.program import Buffer, Held
-from moerouters.pipeline.schedule import Schedule
+from moerouters.pipeline.program import Buffer, Held, Program
+from moerouters.pipeline.schedule import Schedule, Task
 from moerouters.pipeline.site import Site
 from moerouters.pipeline.stages import Shared, SharedWeights, Stages, stages_here
 from moerouters.pipeline.transport import Form, Transport
@@ -30,7 +30,7 @@ class Pipeline:
     loss: from what the last stage gives, and the parts of the batch in `loss_takes`, to a 0-d tensor. group: as many
     ranks as the schedule has; default: the whole world. graph: which stage takes what; default: a chain. shared:
     weights with copies in several stages (a tied embedding), by any name: (stage, name of the parameter) of each copy.
-    transport: how ranks send; default: torch.distributed.
+    transport: how ranks send; default: torch.distributed. on_task: called on this rank with every task that is done.
 
     Building one is collective. Raises ScheduleError for a schedule that cannot run, or where ranks have different ones.
     """
@@ -46,6 +46,7 @@ class Pipeline:
         loss_takes: str | Sequence[str] = ("target",),
         shared: Shared | None = None,
         transport: Transport | None = None,
+        on_task: Callable[[Task], None] | None = None,
     ) -> None:
         group = _default_group() if group is None else group
         lowered = lower(schedule, graph)
@@ -58,14 +59,14 @@ class Pipeline:
         self.schedule = schedule
         self.stages = stages_here(stages, schedule, group.rank())
         self.held = Held(activations=0, buffers=0)
-        """The most that this rank held at once in the last step."""
+        """The most that this rank held at once in the last step or evaluation."""
         self._program = lowered.programs[group.rank()]
         first = next(self.stages.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         takes = (loss_takes,) if isinstance(loss_takes, str) else tuple(loss_takes)
         self._model = Model(graph=lowered.graph, stages=self.stages, loss=loss, loss_takes=takes, device=device)
         self._group, self._site = group, Site(group, schedule.name)
-        self._transport = Transport(group) if transport is None else transport
+        self._transport, self._on_task = Transport(group) if transport is None else transport, on_task
         self._forms: dict[tuple[int, ...], dict[Buffer, Form]] = {}
         """By what all ranks say of a step: the form of each value that this rank gives or gets."""
         self._failed = ""
@@ -88,6 +89,25 @@ class Pipeline:
         dies, hangs or raises; what a stage raises here is raised as it is, with a note. After either the pipeline
         cannot be used again.
         """
+        return self._run(self._program, self.schedule.num_microbatches, batch)
+
+    @torch.no_grad()
+    def evaluate(self, num_microbatches: int, /, **batch: Tensor) -> Tensor | None:
+        """The losses that `step` would return, of at most as many microbatches as the schedule has, without gradients.
+
+        The stages stay in the mode they are in: `stages.eval()` first. A batch may have other forms than those of a
+        step. Raises ConfigError for another number of microbatches, else as `step`.
+        """
+        if not 1 <= num_microbatches <= self.schedule.num_microbatches:
+            raise ConfigError(
+                f"{num_microbatches} microbatches cannot be evaluated at once.",
+                where=str(self._site),
+                why=f"the schedule has {self.schedule.num_microbatches}",
+                fix="take fewer, several times",
+            )
+        return self._run(self._program.forwards(num_microbatches), num_microbatches, batch)
+
+    def _run(self, program: Program, num_microbatches: int, batch: Mapping[str, Tensor]) -> Tensor | None:
         if self._failed:
             raise PipelineError(
                 f"{self._site} stopped in an earlier step.",
@@ -95,22 +115,25 @@ class Pipeline:
                 why="messages of that step may still be under way",
                 fix="start the job again, from a checkpoint",
             )
-        parts = self._cut(batch)
+        parts = self._cut(batch, num_microbatches)
         self._failed = "the start of a step"
-        forms = self._forms.setdefault(self._gathered(_digest(self._step_signature(parts))), {})
+        trains = torch.is_grad_enabled()
         execution = Execution(
-            self._program,
+            program,
             self._model,
             parts,
-            num_microbatches=self.schedule.num_microbatches,
-            forms=forms,
+            num_microbatches=num_microbatches,
+            forms=self._forms.setdefault(self._gathered(_digest((trains, self._step_signature(parts)))), {}),
             transport=self._transport,
             site=self._site,
+            on_task=self._on_task,
         )
         try:
-            self._shared.begin()
+            if trains:
+                self._shared.begin()
             execution.run()
-            self._shared.end()
+            if trains:
+                self._shared.end()
         except PipelineError as error:
             self._failed = str(error).partition("\n")[0]
             raise
@@ -123,10 +146,10 @@ class Pipeline:
         self.held = execution.held
         if not execution.losses:
             return None
-        return torch.stack([execution.losses[m] for m in range(self.schedule.num_microbatches)])
+        return torch.stack([execution.losses[m] for m in range(num_microbatches)])
 
-    def _cut(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-        M, graph = self.schedule.num_microbatches, self._model.graph
+    def _cut(self, batch: Mapping[str, Tensor], M: int) -> dict[str, tuple[Tensor, ...]]:
+        graph = self._model.graph
         here = [int(stage) for stage in self.stages]
         names = [name for stage in here for name in graph.batch_names(stage)]
         if len(graph.stages) - 1 in here:
@@ -144,7 +167,7 @@ class Pipeline:
                 raise ConfigError(
                     f"'{name}' has {batch[name].shape[0]} rows.",
                     where=str(self._site),
-                    why=f"the schedule has {M} microbatches, which are of one size",
+                    why=f"there are {M} microbatches, which are of one size",
                     fix=f"take a multiple of {M}",
                 )
             parts[name] = batch[name].tensor_split(M)
@@ -155,7 +178,7 @@ class Pipeline:
         kind = self._model.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         trained = [parameter.requires_grad for parameter in self.stages.parameters()]
-        forms = [(name, str(Form.of(chunks[0]))) for name, chunks in sorted(parts.items())]
+        forms = [(name, len(chunks), str(Form.of(chunks[0]))) for name, chunks in sorted(parts.items())]
         return forms, autocast, trained, self.stages.training
 
     def _gathered(self, digest: int) -> tuple[int, ...]:

@@ -22,14 +22,19 @@ Shared = Mapping[str, Sequence[tuple[int, str]]]
 
 def cut(layers: nn.Sequential, num_stages: int) -> list[nn.Sequential]:
     """Runs of layers, as equal in number as can be, the longer ones first. Raises ConfigError for fewer layers."""
-    if not 1 <= num_stages <= len(layers):
-        raise ConfigError(
-            f"{len(layers)} layers cannot be cut into {num_stages} stages.", why="a stage has a layer", fix="take fewer"
-        )
-    short, longer = divmod(len(layers), num_stages)
-    starts = [stage * short + min(stage, longer) for stage in range(num_stages + 1)]
     parts = list(layers)
-    return [nn.Sequential(*parts[a:b]) for a, b in itertools.pairwise(starts)]
+    return [nn.Sequential(*(parts[at] for at in run)) for run in runs(len(layers), num_stages)]
+
+
+def runs(num_layers: int, num_stages: int) -> list[range]:
+    """The numbers of the layers of every stage, as `cut` cuts them."""
+    if not 1 <= num_stages <= num_layers:
+        raise ConfigError(
+            f"{num_layers} layers cannot be cut into {num_stages} stages.", why="a stage has a layer", fix="take fewer"
+        )
+    short, longer = divmod(num_layers, num_stages)
+    starts = [stage * short + min(stage, longer) for stage in range(num_stages + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def stages_here(stages: Stages, schedule: Schedule, rank: int) -> nn.ModuleDict:

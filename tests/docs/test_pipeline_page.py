@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,21 @@ def test_the_script_of_the_page_trains() -> None:
     *others, last = rank_pool().run(pipeline_jobs.run_script, script)
     assert not any(others)
     assert len(last) == 20 and sum(last[-5:]) < sum(last[:5])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_driver_of_the_page_trains(tmp_path: Path) -> None:
+    (script,) = [block.text for block in code_blocks(PAGE) if block.title == "drive.py"]
+    (tmp_path / "drive.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "drive.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("loss 0.") and done.stdout.endswith("weights of 2 ranks\n")

@@ -6,6 +6,7 @@ import torch
 from moerouters.lab.history import History
 from moerouters.lab.measure import measure
 from moerouters.lab.results import RunResult
+from moerouters.lab.train import Validation
 from support.lab import entrant, history_of
 
 
@@ -46,9 +47,10 @@ def test_micro_batches_by_hand() -> None:
 
 
 def test_perplexity_is_per_byte() -> None:
-    run = measured(history_of(), validation_loss=math.log(4))
+    run = measured(history_of(), validation=Validation(loss=math.log(4), max_vio=0.5))
     assert run.perplexity == pytest.approx(4)
     assert run.bits_per_byte == pytest.approx(2)
+    assert run.max_vio_global == 0.5
 
 
 def test_the_first_steps_are_not_timed() -> None:

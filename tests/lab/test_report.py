@@ -1,4 +1,5 @@
 import base64
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,8 @@ from moerouters.lab.ranks import Ranks
 from moerouters.lab.report import require_report_extra, write_report
 from moerouters.lab.results import Results, RunResult, SkippedRouter
 from moerouters.lab.roster import Entrant
-from moerouters.lab.summary import COLUMNS, RouterSummary, summarize
+from moerouters.lab.summary import COLUMNS, RouterSummary, Spread, summarize
+from moerouters.lab.train import Validation
 from support.lab import CPU, SMALL, entrant, history_of
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -61,7 +63,7 @@ def results(corpus: Corpus, folder: Path) -> Results:
             status="failed" if error else "completed",
             error=error,
             parameters=1,
-            validation_loss=None if error else 1.0 + seed / 10,
+            validation=None if error else Validation(loss=1.0 + seed / 10, max_vio=0.1),
             history_file=file if steps else None,
         )
 
@@ -103,7 +105,7 @@ def test_report_says_what_was_found_and_what_was_not(corpus: Corpus, tmp_path: P
     page.feed(write_report(found, tmp_path).read_text("utf-8"))
     text = " ".join(page.text.split())
     assert found.corpus.sha256 in text
-    assert "2.861 +- 0.202" in text  # exp(1) and exp(1.1)
+    assert "2.861 +- 1.816" in text  # exp(1) and exp(1.1): 12.706 * 0.2022 / sqrt(2)
     assert "a;b=<1>, seed 0 failed after step 2 boom <script>" in text
     assert "broken took no part cannot be imported & more" in text
     assert "topk = moerouters.builtin" in text
@@ -145,7 +147,7 @@ def test_summary_is_one_row_per_label(corpus: Corpus, tmp_path: Path) -> None:
         ("none", "failed", 1),
     ]
     by_title = {column.title: column for column in COLUMNS}
-    assert rows[0].parts(by_title["perplexity"]) == ["2.861", "+- 0.202"]
+    assert rows[0].parts(by_title["perplexity"]) == ["2.861", "+- 1.816"]
     assert rows[2].parts(by_title["perplexity"]) == ["-"]
     assert rows[1].parts(by_title["dead experts"]) == ["0", "(0)"]
     assert len(rows[0].parts(by_title["AvgMaxVio"])) == 3
@@ -155,3 +157,14 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(MoeroutersError, match=r'(?s)needs jinja2.*pip install "moerouters\[lab\]"'):
         require_report_extra()
+
+
+def test_the_interval_is_students_and_widens_with_few_seeds() -> None:
+    three = Spread.of([1.0, 2.0, 3.0])
+    assert three is not None
+    assert three.half_width == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    many = Spread.of([1.0, 2.0] * 50)
+    assert many is not None
+    assert many.half_width == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
+    assert Spread.of([None, 1.0]) == Spread(1.0, None)
+    assert Spread.of([None]) is None

@@ -10,12 +10,15 @@ from moerouters.lab.history import History
 from moerouters.lab.measure import measure
 from moerouters.lab.ranks import Ranks
 from moerouters.lab.results import Results, RunResult, SkippedRouter, merge
+from moerouters.lab.train import Validation
 from support.lab import CPU, SMALL, entrant, history_of
 
 
 def run(seed: int = 0, *, steps: int = 3) -> RunResult:
     history = history_of(steps) if steps else History()
-    return measure(entrant(), history, seed=seed, status="completed", parameters=1, validation_loss=1.0)
+    return measure(
+        entrant(), history, seed=seed, status="completed", parameters=1, validation=Validation(loss=1.0, max_vio=0.1)
+    )
 
 
 def results(text: Corpus, *runs: RunResult, **changes: Any) -> Results:

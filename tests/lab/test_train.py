@@ -5,6 +5,7 @@ import torch
 
 from moerouters import RouterSpec, registry
 from moerouters.errors import MoeroutersError, NonFiniteLogits
+from moerouters.lab.batches import validation_windows
 from moerouters.lab.corpus import Corpus
 from moerouters.lab.determinism import deterministic
 from moerouters.lab.history import History
@@ -93,6 +94,18 @@ def test_it_learns(corpus: Corpus) -> None:
     trained(run, steps=60)
     assert before == pytest.approx(math.log(256), abs=0.2)
     assert run.validation_loss() < 3
+
+
+def test_global_balance_is_of_all_held_out_text_together(corpus: Corpus) -> None:
+    run = trainer(corpus)
+    s = run.settings
+    windows = validation_windows(corpus.validation, count=s.validation_sequences, length=s.sequence_length)
+    run.model.eval()
+    with torch.no_grad():
+        at_once = run.model(windows[:, :-1])
+    loads_LE = torch.stack([assignment.load_E for assignment in at_once.assignments])
+    assert len(windows) > s.micro_batch_size
+    assert run.validate().max_vio == pytest.approx(float(max_violation(loads_LE).mean()))
 
 
 def test_state_continues_to_the_same_bits(corpus: Corpus, balanced: None) -> None:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moerouters import Gating, MoELayer
+from moerouters.builtin import TopKRouter
 from moerouters.pipeline.backward import input_half, whole_backward
+from support.pipeline_moe_jobs import counted_products
 
 
 class Products(TorchDispatchMode):
@@ -142,3 +145,25 @@ def test_nothing_wants_a_gradient() -> None:
     half.run()
     whole_backward([x * 2], [torch.ones(3)])
     assert x.grad is None
+
+
+def test_experts_have_their_own_gradients_in_the_second_half() -> None:
+    """Of a backward of MoELayer's: products for inputs first, those for the experts' weights after, and none twice."""
+    layer = MoELayer(TopKRouter(Gating.softmax(8, 2)), hidden_size=6, expert_size=4).double()
+    x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    with counted_products() as made:
+        y = layer(x).hidden
+        forward = made[0]
+        whole_backward([y], [torch.ones_like(y)])
+        whole = made[0] - forward
+    layer.zero_grad()
+    with counted_products() as made:
+        y = layer(x).hidden
+        half = input_half([y], [torch.ones_like(y)], [x])
+        first = made[0] - forward
+        assert all(p.grad is None for p in layer.experts.parameters())
+        half.run()
+        second = made[0] - forward - first
+    assert first + second == whole
+    assert min(first, second) > 0
+    assert all(p.grad is not None for p in layer.experts.parameters())

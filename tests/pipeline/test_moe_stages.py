@@ -15,28 +15,8 @@ pytestmark = pytest.mark.dist
 
 
 @cache
-def alone(num_stages: int, M: int) -> jobs.Trained:
-    return jobs.alone(num_stages, M)
-
-
-def expect_same(found: list[jobs.Trained], right: jobs.Trained, *, experts_in: int = 1) -> None:
-    """experts_in: ranks that hold the experts of a layer, one part each."""
-    losses = next(each.losses for each in reversed(found) if each.losses)
-    torch.testing.assert_close(torch.stack(losses), torch.stack(right.losses), rtol=1e-10, atol=1e-10)
-    for name, weight in right.weights.items():
-        copies = [each.weights[name] for each in found if name in each.weights]
-        whole = [torch.cat(copies)] if ".experts." in name and experts_in > 1 else copies
-        assert len(copies) == experts_in
-        for copy in whole:
-            torch.testing.assert_close(copy, weight, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
-    assert any("expert_bias_E" in name and bool(state.any()) for name, state in right.state.items())
-    for name, state in right.state.items():
-        for each in found:
-            assert name not in each.state or torch.equal(each.state[name], state), name
-    for name, load_E in right.loads.items():
-        for each in found:
-            assert name not in each.loads or torch.equal(each.loads[name], load_E), name
-    assert right.loads.keys() == {name for each in found for name in each.loads}
+def alone(num_stages: int, M: int, loss_free: bool = False) -> jobs.Trained:
+    return jobs.alone(num_stages, M, loss_free=loss_free)
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "zero-bubble-h1", "interleaved-1f1b", "dualpipev"])
@@ -45,7 +25,7 @@ def test_losses_balancers_and_products_are_those_without_a_pipeline(name: str) -
     schedule = build(name, 4, 8)
     right = alone(schedule.num_stages, 8)
     found = rank_pool().run(jobs.piped, schedule)
-    expect_same(found, right)
+    jobs.expect_same(found, right)
     assert sum(each.products for each in found) == right.products
 
 
@@ -53,4 +33,22 @@ def test_losses_balancers_and_products_are_those_without_a_pipeline(name: str) -
 def test_pipelines_side_by_side_share_the_experts_of_a_stage(name: str) -> None:
     """2 (pipeline) x 2 (tensor) ranks, experts by index slicing (PPMoE, arXiv:2304.11414)."""
     schedule = build(name, 2, 8)
-    expect_same(rank_pool().run(jobs.piped, schedule, 2), alone(schedule.num_stages, 8), experts_in=2)
+    jobs.expect_same(rank_pool().run(jobs.piped, schedule, 2), alone(schedule.num_stages, 8), experts_in=2)
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "mesh3d"])
+@pytest.mark.parametrize("name", ["1f1b", "zero-bubble-h1"])
+def test_experts_of_a_stage_on_ranks_with_other_tokens(name: str, dispatcher: str) -> None:
+    """2 (pipeline) x 2 (expert) ranks; exchanges in forwards, and in both halves of backwards."""
+    schedule = build(name, 2, 4)
+    right = alone(2, 4, loss_free=True)
+    found = rank_pool().run(jobs.spread, schedule, dispatcher)
+    losses = next(each[0] for each in found if each[0])
+    torch.testing.assert_close(torch.stack(losses), torch.stack(right.losses), rtol=1e-10, atol=1e-10)
+    for _, weights, loads in found:
+        for key, weight in weights.items():
+            torch.testing.assert_close(
+                weight.reshape(right.weights[key].shape), right.weights[key], rtol=1e-10, atol=1e-10
+            )
+        for key, load_E in loads.items():
+            assert torch.equal(load_E, right.loads[key])

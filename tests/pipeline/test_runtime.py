@@ -12,7 +12,7 @@ from moerouters.pipeline import BUILDERS, StageGraph, build, cut, from_table
 from moerouters_conformance.pool import rank_pool
 from support.pipeline import texts_of, valid_rows
 from support.pipeline_graphs import graphs
-from support.pipeline_jobs import Case, changing, expect_same, peaks, piped, said
+from support.pipeline_jobs import Case, alone, changing, evaluated, expect_same, peaks, piped, said
 
 pytestmark = pytest.mark.dist
 
@@ -67,6 +67,17 @@ def test_what_a_program_holds_is_what_the_runtime_holds(name: str) -> None:
         assert left == 0
 
 
+@pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
+def test_evaluation_is_the_forward_half_of_the_same_table(name: str) -> None:
+    """Of any number of microbatches up to that of the schedule, between steps."""
+    case = Case(build(name, 4, 8))
+    (losses_M,), _ = alone(case)
+    ((found, stepped),) = [each for each in rank_pool().run(evaluated, case) if each[1] is not None]
+    for count, losses in zip((2, 1, 8), found, strict=True):
+        torch.testing.assert_close(losses, losses_M[:count], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(stepped, losses_M, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
@@ -76,6 +87,7 @@ def test_what_a_program_holds_is_what_the_runtime_holds(name: str) -> None:
         ("shared", "ConfigError: stage {rank} has no parameter 'no'.\n"),
         ("name", "ConfigError: the batch has no 'target'.\n"),
         ("rows", "ConfigError: 'target' has 3 rows.\n"),
+        ("count", "ConfigError: 3 microbatches cannot be evaluated at once.\n"),
     ],
 )
 def test_what_cannot_run_is_refused(what: str, expected: str) -> None:

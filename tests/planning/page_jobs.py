@@ -1,4 +1,4 @@
-"""What a rank does with the Python of docs/placement.md."""
+"""What a rank does with the Python of docs/placement.md, and for the measurement of docs/pipeline.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import moerouters
+from moerouters.planning import ppmoe_page
 
 
 def run_page(rank: int, script: str, folder: str) -> dict[str, Any]:
@@ -28,3 +29,10 @@ def run_page(rank: int, script: str, folder: str) -> dict[str, Any]:
     here = list(names["placement"].layers["moe"].experts[dist.get_rank()])
     own = torch.equal(names["model"]["moe"].experts.up_eFD, alone.experts.up_eFD[here])
     return {"own": own, "shape": list(names["y"].shape)}
+
+
+def ppmoe(rank: int, count: int) -> tuple[dict[str, list[float]], dict[str, tuple[float, ...]]]:
+    """Some steps of each way."""
+    world = dist.group.WORLD
+    assert world is not None
+    return ppmoe_page.train(world, count)

@@ -28,6 +28,7 @@ from moerouters.lab.results import Results
 from moerouters.lab.roster import named_roster
 from moerouters.lab.run import run_name
 from moerouters.lab.settings import Settings
+from moerouters.lab.staged import make_trainer
 from moerouters.lab.train import Trainer
 from moerouters.tape import Tape
 from moerouters_conformance.pool import WORLD_SIZE
@@ -55,7 +56,7 @@ class Course:
     seed: int = 0
 
     def trainer(self, ranks: Ranks = Ranks()) -> Trainer:  # noqa: B008  (frozen)
-        return Trainer(
+        return make_trainer(
             named_roster(self.item, self.settings)[0],
             seed=self.seed,
             settings=self.settings,
@@ -121,7 +122,7 @@ def alone(course: Course) -> tuple[Outcome, Tape]:
     """The run in this process, and who went where in every forward pass of it, the last validation included."""
     trainer = course.trainer()
     with record(trainer.model) as tape:
-        outcome = _run(trainer, course.steps)
+        outcome = run(trainer, course.steps)
     return outcome, tape
 
 
@@ -139,7 +140,7 @@ def spread(rank: int, cases: list[Case]) -> list[Outcome]:
 def _outcome(course: Course, ranks: Ranks, tape: Tape | None) -> Outcome:
     trainer = course.trainer(ranks)
     with nullcontext() if tape is None else replay(trainer.model, _part(tape, ranks)):
-        outcome = _run(trainer, course.steps)
+        outcome = run(trainer, course.steps)
     ranks.require_same_state(trainer.model)
     return outcome
 
@@ -150,14 +151,16 @@ def _part(tape: Tape, ranks: Ranks) -> Tape:
     return replace(tape, expert_ids=passes)
 
 
-def _run(trainer: Trainer, steps: int) -> Outcome:
-    _train(trainer, steps)
+def run(trainer: Trainer, steps: int) -> Outcome:
+    """Train, and validate after it."""
+    train(trainer, steps)
     with deterministic():
         validation = trainer.validation_loss()
     return Outcome(train_loss=[float(loss) for loss in trainer.history.train_loss], validation_loss=validation)
 
 
-def _train(trainer: Trainer, steps: int) -> None:
+def train(trainer: Trainer, steps: int) -> None:
+    """Deterministically, as a comparison does."""
     with deterministic():
         for _ in range(steps):
             trainer.train_step()
@@ -172,7 +175,7 @@ def gradient_norms(rank: int, cases: list[Case]) -> list[float]:
 def first_norm(trainer: Trainer) -> float:
     """After one micro-batch."""
     trainer.model.train()
-    trainer._micro_batch(0)
+    trainer._micro_batch(0, 0)
     trainer.ranks.average_gradients(trainer.model)
     return float(trainer.ranks.gradient_norm(trainer.model))
 
@@ -181,12 +184,12 @@ def checkpointed(rank: int, case: Case) -> dict[str, Any]:
     """A run in one piece and in two: the state between them, and what both come to."""
     ranks = case.ranks(rank)
     whole, first, second = (case.course.trainer(ranks) for _ in range(3))
-    _train(whole, 4)
-    _train(first, 2)
+    train(whole, 4)
+    train(first, 2)
     state = first.state()
     second.load_state(deepcopy(state))  # an optimizer goes on in the very tensors that it is given
-    _train(second, 2)
-    outcomes = [_run(trainer, 0) for trainer in (whole, second)]
+    train(second, 2)
+    outcomes = [run(trainer, 0) for trainer in (whole, second)]
     return {"outcomes": outcomes, "state": state, "parameters": whole.num_parameters}
 
 

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moerouters.errors import MoeroutersError, PipelineError
 from moerouters.pipeline import Pipeline, Schedule, StageGraph, build, from_table, lower
 from moerouters.pipeline.program import Held
+from moerouters.pipeline.torch_engine import TorchPipeline
 
 WIDTH, ROWS = 4, 3
 """Of a hidden state; of a microbatch."""
@@ -57,6 +58,8 @@ class Case:
     steps: int = 1
     tied: bool = False
     """The weight of the first stage's map and the last one's are the same."""
+    engine: str = "ours"
+    """Who runs it: `ours` or `torch`."""
 
     @property
     def shared(self) -> dict[str, list[tuple[int, str]]]:
@@ -110,7 +113,8 @@ def piped(rank: int, case: Case) -> Result | None:
     group = group_of_first(case.schedule.num_ranks)
     if rank >= case.schedule.num_ranks:
         return None
-    pipeline = Pipeline(case.schedule, case.stage, loss_of, group=group, graph=case.graph, shared=case.shared)
+    kind: Any = TorchPipeline if case.engine == "torch" else Pipeline
+    pipeline = kind(case.schedule, case.stage, loss_of, group=group, graph=case.graph, shared=case.shared)
     losses = []
     for step in range(case.steps):
         found = pipeline.step(**case.batch(step))
@@ -198,6 +202,8 @@ def said(rank: int, what: str) -> str:
         if what in ("name", "rows"):
             pipeline = Pipeline(build("1f1b", 1, 2), lambda stage: Linear(), loss_of, group=own)
             pipeline.step(input=x) if what == "name" else pipeline.step(input=x, target=x[:3])
+        if what == "count":
+            Pipeline(build("1f1b", 1, 2), lambda stage: Linear(), loss_of, group=own).evaluate(3, input=x, target=x)
         if what == "outputs":
             graph = StageGraph.of(("input", ("y", "z")))
             Pipeline(build("1f1b", 1, 2), lambda stage: Linear(), loss_of, group=own, graph=graph).step(
@@ -205,6 +211,37 @@ def said(rank: int, what: str) -> str:
             )
     except MoeroutersError as error:
         return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def evaluated(rank: int, case: Case) -> tuple[list[Tensor | None], Tensor | None]:
+    """Losses of the first two microbatches, of one, and of all; then those of a step."""
+    pipeline = Pipeline(
+        case.schedule, case.stage, loss_of, group=group_of_first(case.schedule.num_ranks), graph=case.graph
+    )
+    M, batch = case.schedule.num_microbatches, case.batch(0)
+    rows = {name: part.shape[0] // M for name, part in batch.items()}
+    found = [
+        pipeline.evaluate(count, **{name: part[: count * rows[name]] for name, part in batch.items()})
+        for count in (2, 1, M)
+    ]
+    assert all(p.grad is None for p in pipeline.stages.parameters())
+    return found, pipeline.step(**batch)
+
+
+def torch_said(rank: int, what: str) -> str:
+    """The error of a pipeline that torch cannot run."""
+    own = init_device_mesh("cpu", (4, 1), mesh_dim_names=("dp", "pp"))["pp"].get_group()
+    schedule = from_table([["(0F0;1F0)", "1B0", "0B0"] if what == "fused" else ["0F0", "1F0", "1B0", "0B0"]])
+    graph = StageGraph.of((("input", "more"), "x"), ("x", "y")) if what == "graph" else None
+    try:
+        pipeline = TorchPipeline(schedule, lambda stage: Linear(), loss_of, group=own, graph=graph)
+        x = torch.ones(2, WIDTH)
+        pipeline.step(**({"target": x} if what == "rows" else {"input": x, "target": x}))
+        x = torch.ones(4, WIDTH)
+        pipeline.step(input=x, target=x)
+    except MoeroutersError as error:
+        return str(error)
     return ""
 
 
