@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all gpu lint type docs docs-models docs-composition docs-benchmarks dist clean
+.PHONY: help install compare test test-all gpu lint type docs docs-models docs-composition docs-ecosystems docs-benchmarks dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,15 +47,19 @@ type: $(VENV)/.dev  ## Check types
 
 docs: $(VENV)/.dev  ## Write the generated parts of README.md and docs/ from docs/benchmarks and the rules
 	$(BIN)/python -m moerouters.lab.showcase render docs/benchmarks/compare-tiny.json README.md docs/images/compare-tiny.svg
+	$(BIN)/python -m moerouters.lab.results_page docs
 	$(BIN)/python -m moerouters.lab.cold_start render docs/benchmarks/cold-start.json docs/images/cold-start.svg
 	$(BIN)/python -m moerouters_ds_moe render docs/benchmarks/ds-moe.json docs/images/ds-moe.svg
 	PYTHONPATH=tests $(BIN)/python -m support.routers_page render docs
 	$(BIN)/python -m moerouters.leaking.page render docs
 	$(BIN)/python -m moerouters.planning.scale_page render docs
+	$(BIN)/python -m moerouters.planning.ppmoe_page render docs
+	$(BIN)/python -m moerouters.study.page render docs
 	PYTHONPATH=tests $(BIN)/python -m support.pipeline_page docs/pipeline.md
 	$(BIN)/python -m moerouters_conformance.docs docs
 	$(BIN)/python -m tests.swap.survey_page docs
 	$(BIN)/python -m tests.dispatch.composition_page docs
+	$(BIN)/python -m tests.ecosystems.page docs
 	PYTHONPATH=tests $(BIN)/python -m support.expert_parallel_page render docs
 	$(BIN)/python -m moerouters.bench.page docs
 
@@ -64,6 +68,9 @@ docs-models: $(VENV)/.dev  ## Try every router class of the installed transforme
 
 docs-composition: $(VENV)/.dev  ## Try every dispatcher with everything else on four ranks, for docs/distributed.md (2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.dispatch.composition docs
+
+docs-ecosystems: $(VENV)/.dev  ## Run routers in the other frameworks' packages, for docs/ecosystems.md (fetches 400 MB, 3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystems.survey docs
 
 docs-benchmarks: $(VENV)/.dev  ## Measure what docs/benchmarks.md shows, on an idle machine; ARGS="--device cuda"
 	$(BIN)/python -m moerouters.bench.record docs $(ARGS)

@@ -13,6 +13,7 @@ from moerouters.errors import ConfigError, MoeroutersError, RouterNotFound, Rout
 COMMANDS = {
     "check": "Prove a router right, or show the smallest input that breaks it.",
     "compare": "Train one small model under each router and compare.",
+    "study": "Compare MoE with dense models at equal step time, on this machine.",
     "inspect": "Show the routers of a model, and whether they can be swapped.",
     "trace": "Record the router logits of a model on a text.",
     "replay": "Compare routers on recorded logits, without the model.",
