@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,21 @@ def test_groups_that_stand_on_a_failed_one_are_blocked() -> None:
     assert report.checks[1].reason == "blocked by C04"
     kept_going = check_router(Twice, profile="smoke", only=["C04", "W01"], keep_going=True)
     assert kept_going.totals["blocked"] == 0
+
+
+def test_no_smallest_example_is_sought_for_an_expected_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed: list[int] = []
+    select = Twice.select
+
+    def counted(self: Twice, *arguments: Any) -> Any:
+        routed.append(1)
+        return select(self, *arguments)
+
+    monkeypatch.setattr(Twice, "select", counted)
+    check_router(Twice, profile="smoke", only=["C04"])
+    sought = len(routed)
+    check_router(Twice, profile="smoke", only=["C04"], expected_failures={"C04": "it likes them"})
+    assert 0 < len(routed) - sought < sought / 2
 
 
 def test_an_expected_failure_is_no_failure_and_blocks_nothing() -> None:

@@ -70,6 +70,7 @@ def test_a_process_of_its_own(method: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert peak_apart(request, 1, "tutel") is None
 
 
+@pytest.mark.slow
 def test_a_child_for_memory_and_one_for_time(capfd: pytest.CaptureFixture[str]) -> None:
     request = make_request("router", shapes=TINY, impl="topk", rounds=3, threads=1)
     found, skipped = measure.measure_apart(request, ("tuned",))

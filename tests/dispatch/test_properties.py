@@ -55,7 +55,9 @@ def cases(draw: st.DrawFn, dispatcher: str, dtype: torch.dtype) -> Case:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bfloat16"]
+)
 @pytest.mark.parametrize("dispatcher", BACKENDS)
 def test_output_and_gradients_are_those_of_one_process(dispatcher: str, dtype: torch.dtype) -> None:
     # Not shrunk: each case is small already, the message names it, and a rank that raises costs a start of the pool.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from support.environments import make_environment
 from support.markdown import code_blocks
 
@@ -12,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "plugin-guide.md"
 
 
+@pytest.mark.slow  # a minute, most of it pip
 def test_a_reader_writes_installs_and_runs_a_balancer_from_the_guide(tmp_path: Path) -> None:
     environment = make_environment(tmp_path)
     distribution = tmp_path / "moerouters-share"

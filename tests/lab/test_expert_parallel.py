@@ -45,7 +45,9 @@ def course(corpus: Corpus, item: str = "topk", *, steps: int = 3, **changes: obj
     return Course(item=item, settings=FOUR.override(changes), steps=steps, corpus=corpus)
 
 
-@pytest.mark.parametrize("item", ROUTERS)
+@pytest.mark.parametrize(
+    "item", [pytest.param(name, marks=pytest.mark.slow) if name in ("topk", "loss-free") else name for name in ROUTERS]
+)
 def test_replayed_routing_gives_the_losses_of_one_process(corpus: Corpus, item: str) -> None:
     one = course(corpus, item)
     expected, tape = alone(one)

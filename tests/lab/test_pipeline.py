@@ -41,7 +41,11 @@ def expect_same(one: Course, *cases: Case, replayed: bool = True) -> None:
         assert max(apart.values()) <= LIMIT, apart
 
 
-@pytest.mark.parametrize("item", ["topk", "loss-free", "loss-controlled"])
+def slow(item: str) -> Any:
+    return pytest.param(item, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("item", [slow("topk"), slow("loss-free"), "loss-controlled"])
 def test_replayed_routing_gives_the_losses_of_one_process(corpus: Corpus, item: str) -> None:
     """Validation: ten windows are two batches of four, which are evaluated at once, and one of two."""
     one = course(corpus, item)
@@ -58,6 +62,7 @@ def test_every_kind_of_rank_at_once_and_chunks(corpus: Corpus) -> None:
     expect_same(other, Case(course=other))
 
 
+@pytest.mark.slow
 def test_free_routing_gives_them_too(corpus: Corpus) -> None:
     """Balancers see the same loads at the same steps; the aux loss has the same weight."""
     for item in ("loss-free", "loss-controlled:alpha=0.3", "noisy-topk"):
