@@ -55,7 +55,8 @@ def lower(metric: str, name: str, own: tuple[str, ...], rivals: tuple[str, ...],
         found = f"`{best.label}` {mean:.3g}, the best rival `{rival.label}` {other:.3g}: {other / mean:.1f} times"
         return found, "reproduced" if other >= factor * mean else "not reproduced"
 
-    return Claim(f"{name} {factor:g} times lower or more than of every rival", check)
+    by = "lower" if factor == 1 else f"at least {factor:g} times lower"
+    return Claim(f"{name} {by} than of every rival", check)
 
 
 def no_worse(own: str, reference: str) -> Claim:
