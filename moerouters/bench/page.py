@@ -6,7 +6,6 @@ stale. `moerouters.bench.record` measures.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -19,6 +18,7 @@ from moerouters.bench.tables import cells, columns, groups, spread
 from moerouters.bench.targets import TARGETS, Target, Verdict, verdicts
 from moerouters.bench.timing import Ratio
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import markdown_table, with_part
 
 Kept = Mapping[str, Sequence[Line]]
 """Rows by name of their file: `cpu` for bench-cpu.jsonl."""
@@ -32,7 +32,7 @@ def load(docs: Path) -> dict[str, list[Line]]:
 
 def rendered_page(page: str, kept: Kept, images: Path) -> str:
     """docs/benchmarks.md with these rows; pictures are shown if they exist."""
-    return _between(_between(page, "goals", _goals(kept)), "results", _results(kept, images))
+    return with_part(with_part(page, "bench:goals", _goals(kept)), "bench:results", _results(kept, images))
 
 
 def rendered_log(log: str, kept: Kept) -> str:
@@ -40,7 +40,7 @@ def rendered_log(log: str, kept: Kept) -> str:
     judged = _by_target(kept)
     for target in TARGETS:
         told = "; ".join(map(_told, judged.get(target.id, ()))) or "not measured"
-        log = _between(log, target.id, f"Goal {target.goal}; measured: {told}.")
+        log = with_part(log, f"bench:{target.id}", f"Goal {target.goal}; measured: {told}.")
     return log
 
 
@@ -79,7 +79,7 @@ def _results(kept: Kept, images: Path) -> str:
             parts.append(_growth(grown))
         for group, shown in groups(row for row in rows if not row.grows).items():
             parts.append(f"{group.title}:")
-            parts.append(_markdown(columns(shown), [cells(row, shown) for row in shown]))
+            parts.append(markdown_table(columns(shown), [cells(row, shown) for row in shown]))
     return "\n\n".join(parts) if parts else "Nothing is measured yet."
 
 
@@ -98,7 +98,7 @@ def _growth(rows: Sequence[Row]) -> str:
                     span = f"{times[0][0]} - {times[-1][0]}"
                     ends = f"{times[0][1]:.3g} - {times[-1][1]:.3g}"
                     found.append([letter, span, impl, allocator, ends, f"{growth_power(times):.2f}"])
-    return _markdown(["grows", "through", "impl", "allocator", "ms", "power"], found)
+    return markdown_table(["grows", "through", "impl", "allocator", "ms", "power"], found)
 
 
 def growth_power(times: Sequence[tuple[int, float]]) -> float:
@@ -139,22 +139,6 @@ def _told(verdict: Verdict) -> str:
 
 def _kind(target: Target) -> str:
     return "CPU" if target.kind == "cpu" else "GPU"
-
-
-def _markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    table = [titles, ["---"] * len(titles), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
-
-
-def _between(text: str, mark: str, content: str) -> str:
-    """`text` with other content between the marks of that name, which it must hold once."""
-    begin, end = f"<!-- bench:{mark} -->", f"<!-- /bench:{mark} -->"
-    new, found = re.subn(
-        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL
-    )
-    if found != 1:
-        raise SystemExit(f"the page needs the marks {begin} and {end} once")
-    return new
 
 
 if __name__ == "__main__":

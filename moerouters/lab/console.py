@@ -6,7 +6,15 @@ from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +25,20 @@ from moerouters.lab.summary import COLUMNS, summarize
 from moerouters.metrics import max_violation
 
 
+def progress_of_runs(console: Console, *columns: ProgressColumn, shown: bool = True) -> Progress:
+    """A line for the run in training, with its `state`, on a terminal alone; it goes when the run ends."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        *columns,
+        console=console,
+        disable=not (shown and console.is_terminal),
+        transient=True,
+    )
+
+
 class ConsoleProgress:
     """A comparison's listener. `shown` False keeps it silent, for all ranks but the first."""
 
@@ -25,16 +47,7 @@ class ConsoleProgress:
         self._steps = steps
         self._shown = shown
         self._task: TaskID | None = None
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not (shown and console.is_terminal),
-            transient=True,
-        )
+        self._progress = progress_of_runs(console, TimeElapsedColumn(), shown=shown)
 
     def __enter__(self) -> ConsoleProgress:
         self._progress.start()

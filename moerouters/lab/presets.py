@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
-from moerouters.errors import ConfigError
+from moerouters.lab.named import named
 from moerouters.lab.settings import Settings
 
 # A minute per router on one CPU core, and most of the way down the loss curve: higher up it is chance which router is
@@ -65,11 +63,5 @@ PRESETS = {
 
 def preset(name: str) -> Settings:
     """The settings of that name. Raises ConfigError with the nearest one."""
-    if name not in PRESETS:
-        close = get_close_matches(name, PRESETS, n=1)
-        raise ConfigError(
-            f"no preset named {name!r}.",
-            why=(f"did you mean {close[0]!r}? " if close else "") + f"there are: {', '.join(PRESETS)}",
-            fix="pick one of these, and change its numbers with --set name=value",
-        )
-    return PRESETS[name]
+    fix = "pick one of these, and change its numbers with --set name=value"
+    return named(name, PRESETS, what="preset", where="--preset", fix=fix)

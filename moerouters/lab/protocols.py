@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from moerouters.errors import ConfigError
+from moerouters.lab.named import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,5 @@ PROTOCOLS = {
 
 def protocol(name: str) -> Protocol:
     """The protocol of that name. Raises ConfigError with the nearest one."""
-    if name not in PROTOCOLS:
-        close = get_close_matches(name, PROTOCOLS, n=1)
-        raise ConfigError(
-            f"no protocol named {name!r}.",
-            where="--protocol",
-            why=(f"did you mean {close[0]!r}? " if close else "") + f"there are: {', '.join(PROTOCOLS)}",
-            fix="pick one of these, or say --routers, --preset and --seeds yourself",
-        )
-    return PROTOCOLS[name]
+    fix = "pick one of these, or say --routers, --preset and --seeds yourself"
+    return named(name, PROTOCOLS, what="protocol", where="--protocol", fix=fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,23 @@ def require_report_extra() -> None:
 def write_report(results: Results, folder: Path) -> Path:
     """Draw the pictures into folder/pictures and write folder/report.html; returns its path."""
     require_report_extra()
+    pictures = draw_all(results, folder)
+    return render_report("moerouters.lab", _content(results, pictures), folder)
+
+
+def render_report(package: str, content: Mapping[str, Any], folder: Path) -> Path:
+    """Fill in the package's report.html.j2 and write folder/report.html; returns its path."""
     import jinja2
 
-    pictures = draw_all(results, folder)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("moerouters.lab", package_path=""),
+        loader=jinja2.PackageLoader(package, package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     path = folder / "report.html"
-    write_text(path, environment.get_template("report.html.j2").render(_content(results, pictures)))
+    write_text(path, environment.get_template("report.html.j2").render(content))
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +17,30 @@ from moerouters.registry.configs import field_errors
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SavedResults(_Record):
+    """A record that lies in a folder as results.json."""
+
+    def save(self, folder: Path) -> None:
+        """Write results.json, atomically."""
+        write_text(folder / "results.json", self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """Read results.json; None if there is none, ConfigError if it is damaged or of another schema."""
+        path = folder / "results.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            reasons = field_errors(error) if isinstance(error, ValidationError) else [str(error)]
+            raise ConfigError(
+                f"cannot read the results in '{path}'.",
+                why="\n".join(reasons[:5]),
+                fix="move the file away, or pass another --output",
+            ) from error
 
 
 class Environment(_Record):
@@ -112,7 +136,7 @@ class SkippedRouter(_Record):
     reason: str
 
 
-class Results(_Record):
+class Results(SavedResults):
     """The whole file."""
 
     schema_version: Literal[1] = 1
@@ -130,26 +154,6 @@ class Results(_Record):
     def unfinished(self) -> bool:
         """Whether `--resume` has something to continue."""
         return self.status in ("running", "interrupted")
-
-    def save(self, folder: Path) -> None:
-        """Write results.json, atomically."""
-        write_text(folder / "results.json", self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Results | None:
-        """Read results.json; None if there is none, ConfigError if it is damaged or of another schema."""
-        path = folder / "results.json"
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            reasons = field_errors(error) if isinstance(error, ValidationError) else [str(error)]
-            raise ConfigError(
-                f"cannot read the results in '{path}'.",
-                why="\n".join(reasons[:5]),
-                fix="move the file away, or pass another --output",
-            ) from error
 
 
 def require_comparable(first: Results, second: Results) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moerouters.lab.claims import CLAIMS, change_percent, signed
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import with_part
 from moerouters.lab.showcase import Showcase, draw
 from moerouters.lab.summary import COLUMNS, summarize
 
@@ -59,17 +60,12 @@ def section(name: str, showcase: Showcase) -> str:
 def rendered(text: str, docs: Path) -> str:
     """The page with the sections of all comparisons that are kept, each between its marks."""
     for name in CLAIMS:
-        begin, end = f"<!-- results: {name} -->", f"<!-- /results: {name} -->"
         path = source(docs, name)
         if not path.exists():
             body = f"Not run yet: `moerouters compare --protocol {name}`."
         else:
             body = section(name, Showcase.model_validate_json(path.read_bytes()))
-        before, mark, rest = text.partition(begin)
-        _, closing, after = rest.partition(end)
-        if not mark or not closing:
-            raise SystemExit(f"docs/results.md needs the marks {begin} and {end}")
-        text = f"{before}{begin}\n{body}\n{end}{after}"
+        text = with_part(text, f"results: {name}", body)
     return text
 
 

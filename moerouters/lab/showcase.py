@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,10 +16,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import with_part
 from moerouters.lab.results import Results
 from moerouters.lab.summary import COLUMNS, Column, summarize
 
-_BEGIN, _END = "<!-- showcase -->", "<!-- /showcase -->"
 _SHOWN = ("perplexity", "avg_max_vio", "sup_max_vio", "min_vio", "dead_experts", "step_ms", "router_share")
 
 
@@ -99,11 +98,7 @@ def table(showcase: Showcase) -> str:
 
 def with_table(readme: str, showcase: Showcase) -> str:
     """The README with the table of this showcase between its marks."""
-    block = f"{_BEGIN}\n{table(showcase)}\n{_END}"
-    text, found = re.subn(rf"{re.escape(_BEGIN)}.*{re.escape(_END)}", lambda _: block, readme, flags=re.DOTALL)
-    if found != 1:
-        raise SystemExit(f"the README needs the marks {_BEGIN} and {_END} once")
-    return text
+    return with_part(readme, "showcase", table(showcase))
 
 
 def fingerprint(data: bytes) -> str:

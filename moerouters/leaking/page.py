@@ -7,7 +7,6 @@ one version of torch); `... render docs`, part of `make docs`, writes the table.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +16,13 @@ from moerouters import registry
 from moerouters.errors import MoeroutersError
 from moerouters.lab.files import write_text
 from moerouters.lab.job import set_threads
+from moerouters.lab.pages import with_part
 from moerouters.leaking.command import build_routers, measure_all
 from moerouters.leaking.entropy import expert_choice_bits
 from moerouters.leaking.report import Experiment, LeakReport, RouterLeak
 
 BATCHES = (64, 256, 1024)
 SAMPLES = 32
-_BEGIN, _END = "<!-- generated: leak -->", "<!-- end: leak -->"
 
 
 class LeakPage(BaseModel):
@@ -87,11 +86,7 @@ def section(page: LeakPage) -> str:
 
 def rendered(text: str, page: LeakPage) -> str:
     """docs/leak.md with this table between its marks."""
-    block = f"{_BEGIN}\n{section(page)}\n{_END}"
-    new, found = re.subn(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", lambda _: block, text, flags=re.DOTALL)
-    if found != 1:
-        raise SystemExit(f"the page needs the marks {_BEGIN} and {_END} once")
-    return new
+    return with_part(text, "leak", section(page))
 
 
 def _cell(leak: RouterLeak) -> str:

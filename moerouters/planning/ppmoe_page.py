@@ -23,6 +23,7 @@ from moerouters.bench.rows import Stamp, stamp
 from moerouters.lab.corpus import standard_library
 from moerouters.lab.expert_ranks import expert_ranks
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.lab.pipeline_ranks import pipeline_ranks
 from moerouters.lab.presets import preset
 from moerouters.lab.ranks import Ranks
@@ -57,8 +58,8 @@ _PROJECTED = {
     "all_to_all with copies": "all-to-all with copies",
     "dense": "dense",
 }
+_MEASURED = ("way", "ms a step", "tokens/s", "over all-to-all", "over dense")
 _OTHERS = {way: name for way, name in _PROJECTED.items() if way != "ppmoe"}
-_BEGIN, _END = "<!-- ppmoe -->\n", "<!-- /ppmoe -->"
 
 
 class _Record(BaseModel):
@@ -166,16 +167,16 @@ def section(found: PPMoE) -> str:
         f"K = {s.top_k}; {s.accumulation_steps} micro-batches of {s.micro_batch_size * s.sequence_length} tokens; "
         f"the ways in turn, a step at a time. Medians of {len(found.step_ms['ppmoe'])} steps, and quartiles.",
         "",
-        *_table(("way", "ms a step", "tokens/s", "over all-to-all", "over dense"), _measured(found, s.batch_tokens)),
+        markdown_table(_MEASURED, _measured(found, s.batch_tokens)),
         "",
         "By formula, on the paper's 32 V100 with its GPT-3 Medium (tokens/s of a GPU):",
         "",
-        *_table(
+        markdown_table(
             ("arithmetic", "100 Gb/s port", *_PROJECTED.values(), *(f"PPMoE over {name}" for name in _OTHERS.values())),
             [_row(each) for each in found.projected],
         ),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _measured(found: PPMoE, tokens: int) -> list[tuple[str, ...]]:
@@ -204,17 +205,9 @@ def _row(each: Projected) -> tuple[str, ...]:
     )
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles), *rows)]
-
-
 def rendered(page: str, found: PPMoE) -> str:
     """The page with its section made anew."""
-    before, begin, rest = page.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise SystemExit("the page needs the marks of the section once")
-    return before + begin + section(found) + end + after
+    return with_part(page, "ppmoe", section(found))
 
 
 def load(docs: Path) -> PPMoE:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from moerouters.bench.rows import Stamp, stamp
 from moerouters.bench.shapes import SHAPES, Shape
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.lab.pictures import STYLE
 from moerouters.lab.showcase import fingerprint
 from moerouters.planning.calibrate import RANKS, Measured, best_of, fitted, measure_here
@@ -150,11 +150,11 @@ def rendered(page: str, docs: Path) -> str:
     parts = {name: _section(name, found.simulations[name]) for name in PICTURED}
     parts["placed"] = _placed(found.simulations["chance"], found.simulations["placed"])
     parts["held"] = _held(held)
-    parts["clusters"] = _markdown(
+    parts["clusters"] = markdown_table(
         ("cluster", "where its numbers are from"), [(f"`{c.name}`", c.source) for c in PRESETS.values()]
     )
     for mark, content in parts.items():
-        page = _between(page, mark, content)
+        page = with_part(page, f"scale:{mark}", content)
     return page
 
 
@@ -170,7 +170,7 @@ def _section(name: str, found: Simulation) -> str:
         (f"`{load}`", *(_best(best.get((load, world))) for world in worlds))
         for load in dict.fromkeys(each.load for each in found.estimates)
     ]
-    table = _markdown(("load", *(f"{world:,} ranks" for world in worlds)), rows)
+    table = markdown_table(("load", *(f"{world:,} ranks" for world in worlds)), rows)
     picture = f"![Projected time of a layer, the fastest back-end, and idle time](images/scale-{name}.svg)"
     told = "The fastest back-end that fits and drops at most 1% of the pairs, its ms both ways, and idle in it:"
     return f"{head}\n\n{picture}\n\n{told}\n\n{table}"
@@ -198,7 +198,7 @@ def _placed(chance: Simulation, placed: Simulation) -> str:
             )
         )
     titles = ("MaxVio of experts", "rank load, by chance", "idle", "rank load, placed", "idle", "faster by")
-    return _markdown(titles, rows)
+    return markdown_table(titles, rows)
 
 
 def _held(held: Held) -> str:
@@ -221,27 +221,12 @@ def _held(held: Held) -> str:
         f"{name}: T {s['T']}, D {s['D']}, E {s['E']}, K {s['K']}, F {s['F']}"
         for name, s in {each.shape: each.sizes for each in held.compared}.items()
     )
-    table = _markdown(("layer", "ranks", *(f"`{name}`" for name in backends)), rows)
+    table = markdown_table(("layer", "ranks", *(f"`{name}`" for name in backends)), rows)
     return f"{head}\n\n{told}\n\n{table}\n\nms measured, and the simulated time's error. {sizes}; float32."
 
 
 def _error(each: Compared | None) -> str:
     return "" if each is None else f"{each.measured_ms[1]:.3g}, {each.error:+.0%}"
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _between(text: str, mark: str, content: str) -> str:
-    begin, end = f"<!-- scale:{mark} -->", f"<!-- /scale:{mark} -->"
-    new, found = re.subn(
-        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL
-    )
-    if found != 1:
-        raise SystemExit(f"the page needs the marks {begin} and {end} once")
-    return new
 
 
 def _rounded(record: BaseModel) -> str:

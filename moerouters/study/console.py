@@ -8,10 +8,11 @@ from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
+from moerouters.lab.console import progress_of_runs
 from moerouters.lab.train import Trainer
 from moerouters.study.answer import answer
 from moerouters.study.results import ModelResult, StudyResults, TrainingRun
@@ -48,15 +49,7 @@ class ConsoleProgress:
         self._run: tuple[ModelResult, int] | None = None
         self._task: TaskID | None = None
         self._last = 0.0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._progress = progress_of_runs(console)
 
     def __enter__(self) -> ConsoleProgress:
         self._progress.start()

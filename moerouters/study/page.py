@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from moerouters.bench.rows import Stamp, stamp
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.lab.pictures import STYLE
 from moerouters.lab.showcase import fingerprint
 from moerouters.study.answer import answer, seeds_told
@@ -25,7 +25,6 @@ from moerouters.study.plan import Record
 from moerouters.study.results import PARTS, MeshRow, StudyResults
 from moerouters.study.table import COLUMNS, DETAILS, Column, cells, communication, interval
 
-_BEGIN, _END = "<!-- study -->", "<!-- /study -->"
 _DRAWN = {"frontier": draw_frontier, "anatomy": draw_anatomy}
 
 
@@ -86,11 +85,7 @@ def render(docs: Path) -> None:
 
 def rendered(page: str, committed: Committed) -> str:
     """The page with what was committed between its marks."""
-    content = f"{_BEGIN}\n{_shown(committed)}\n{_END}"
-    new, found = re.subn(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: content, page, flags=re.DOTALL)
-    if found != 1:
-        raise SystemExit(f"the page needs the marks {_BEGIN} and {_END} once")
-    return new
+    return with_part(page, "study", _shown(committed))
 
 
 def _shown(committed: Committed) -> str:
@@ -116,7 +111,7 @@ def _shown(committed: Committed) -> str:
 
 def _table(results: StudyResults, columns: Sequence[Column]) -> str:
     titles = [column.title for column in columns]
-    return _markdown(titles, [cells(results, model, tuple(columns)) for model in results.models])
+    return markdown_table(titles, [cells(results, model, tuple(columns)) for model in results.models])
 
 
 def _anatomy(results: StudyResults) -> str:
@@ -126,14 +121,14 @@ def _anatomy(results: StudyResults) -> str:
     for name, anatomy in known:
         shares = (f"{anatomy.parts_ms.get(part, 0.0) / anatomy.step_ms:.0%}" for part in parts)
         rows.append([name, *shares, f"{anatomy.error:+.1%}", f"{anatomy.slowdown:.2f}"])
-    return _markdown(["model", *parts, "sum less step", "slower under the profiler"], rows)
+    return markdown_table(["model", *parts, "sum less step", "slower under the profiler"], rows)
 
 
 def _mesh(rows: Sequence[MeshRow]) -> str:
     titles = (
         "data", "expert", "cut", "dispatcher", "step ms", "over the first", "tokens/s", "idle", "communication",
     )  # fmt: skip
-    return _markdown(
+    return markdown_table(
         titles,
         [
             (
@@ -150,11 +145,6 @@ def _mesh(rows: Sequence[MeshRow]) -> str:
             for row in rows
         ],
     )
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

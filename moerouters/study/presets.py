@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from moerouters.errors import ConfigError
+from moerouters.lab.named import named
 from moerouters.lab.settings import Settings
 from moerouters.study.plan import Budget, ModelSpec, Plan
 
@@ -99,12 +98,5 @@ PRESETS = {
 
 def preset(name: str) -> Plan:
     """The study of that name. Raises ConfigError with the nearest one."""
-    if name not in PRESETS:
-        close = get_close_matches(name, PRESETS, n=1)
-        raise ConfigError(
-            f"no study named {name!r}.",
-            where="--preset",
-            why=(f"did you mean {close[0]!r}? " if close else "") + f"there are: {', '.join(PRESETS)}",
-            fix="pick one of these, and change its numbers with --set name=value",
-        )
-    return PRESETS[name]
+    fix = "pick one of these, and change its numbers with --set name=value"
+    return named(name, PRESETS, what="study", where="--preset", fix=fix)

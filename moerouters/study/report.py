@@ -6,8 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from moerouters.lab.files import write_text
-from moerouters.lab.report import require_report_extra
+from moerouters.lab.report import render_report, require_report_extra
 from moerouters.study.answer import answer, seeds_told
 from moerouters.study.pictures import draw_all
 from moerouters.study.results import PARTS, StudyResults
@@ -17,19 +16,8 @@ from moerouters.study.table import COLUMNS, DETAILS, cells, communication, inter
 def write_report(results: StudyResults, folder: Path) -> Path:
     """Draw the pictures into folder/pictures and write folder/report.html; returns its path."""
     require_report_extra()
-    import jinja2
-
     pictures = draw_all(results, folder)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("moerouters.study", package_path=""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    path = folder / "report.html"
-    write_text(path, environment.get_template("report.html.j2").render(_content(results, pictures)))
-    return path
+    return render_report("moerouters.study", _content(results, pictures), folder)
 
 
 def _content(results: StudyResults, pictures: dict[str, Path]) -> dict[str, Any]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
-
-from pydantic import ValidationError
 
 from moerouters.bench.timing import Ratio
 from moerouters.errors import ConfigError
 from moerouters.lab.corpus import CorpusInfo
-from moerouters.lab.files import write_text
-from moerouters.lab.results import Environment
+from moerouters.lab.results import Environment, SavedResults
 from moerouters.lab.settings import Settings
-from moerouters.registry.configs import field_errors
 from moerouters.study.matching import Match
 from moerouters.study.plan import Plan, Record
 
@@ -153,7 +148,7 @@ class Projected(Record):
     idle: float
 
 
-class StudyResults(Record):
+class StudyResults(SavedResults):
     """The whole file."""
 
     schema_version: Literal[1] = 1
@@ -191,26 +186,6 @@ class StudyResults(Record):
         """With this run in the place of an earlier one."""
         found = {(each.model, each.seed): each for each in (*self.runs, run)}
         return self.model_copy(update={"runs": tuple(found.values())})
-
-    def save(self, folder: Path) -> None:
-        """Write results.json, atomically."""
-        write_text(folder / "results.json", self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> StudyResults | None:
-        """Read results.json; None if there is none, ConfigError if it is damaged or of something else."""
-        path = folder / "results.json"
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            reasons = field_errors(error) if isinstance(error, ValidationError) else [str(error)]
-            raise ConfigError(
-                f"cannot read the results in '{path}'.",
-                why="\n".join(reasons[:5]),
-                fix="move the file away, or pass another --output",
-            ) from error
 
 
 def require_same(earlier: StudyResults, plan: Plan, corpus: CorpusInfo) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from datetime import timedelta
 from unittest.mock import patch
 
 import torch
@@ -21,14 +19,13 @@ from moerouters.dispatch.run import through_experts
 from moerouters.dispatch.site import Site
 from moerouters.errors import MoeroutersError
 from moerouters.sharding import make_dispatcher
+from support.faults import NAP_S, join, misbehave
 
 from .parity import mesh_of
 
 RANKS, BAD = 3, 1
 TIMEOUT_S = 5
 """Of the process group that tokens travel in."""
-NAP_S = 600
-"""What a rank that hangs sleeps for; the parent ends it."""
 WIDTH, E = 4, 6
 MESHES = {"hierarchical": (2, 2), "mesh3d": (1, 2, 2)}
 """Of the ranks of the pool."""
@@ -53,16 +50,7 @@ class Model(nn.Module):
 
 def train(rank: int, folder: str, dispatcher: str, fault: str) -> None:
     """One step with the fault on rank BAD. What is raised leaves the process, as in a user's script."""
-    with open(f"{folder}/{rank}.err", "w", buffering=1) as errors:
-        os.dup2(errors.fileno(), 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=90)
-    )
-    dist.barrier()  # from here on all ranks are awake, and the short time-out is about the fault
-    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
-    assert isinstance(group, dist.ProcessGroup)
+    group = join(rank, folder, ranks=RANKS, patience_s=90, timeout_s=TIMEOUT_S)
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # each rank is a node
     ranks: dist.ProcessGroup | DeviceMesh = group
     if dispatcher == "mesh3d":
@@ -84,24 +72,13 @@ def train(rank: int, folder: str, dispatcher: str, fault: str) -> None:
 def _arm(model: Model, fault: str) -> None:
     what, _, when = fault.partition(" in ")
     if when == "experts":
-        model.layer.experts.register_forward_pre_hook(lambda *_: _misbehave(what))
+        model.layer.experts.register_forward_pre_hook(lambda *_: misbehave(what))
     elif when == "backward":
-        model.layer.experts.register_full_backward_pre_hook(lambda *_: _misbehave(what))
+        model.layer.experts.register_full_backward_pre_hook(lambda *_: misbehave(what))
     elif fault == "gives wide rows":
         model.layer.experts.register_forward_hook(lambda module, args, y_RD: torch.cat([y_RD, y_RD], dim=1))
     elif fault == "leaves early":
         sys.exit(7)
-
-
-def _misbehave(what: str) -> None:
-    if what == "dies":
-        os._exit(3)
-    if what == "is killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "hangs":
-        time.sleep(NAP_S)
-    if what == "raises":
-        raise ValueError("no such luck")
 
 
 # On the pool, whose ranks live on: what every rank raises by itself, and can catch.

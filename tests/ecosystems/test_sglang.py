@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import moerouters
-from moerouters import Gating, MoELayer
+from torch import Tensor
 
 from .declared import registered_as
+from .learned import saved_layers
 from .stand_ins import stand_in
 
 with warnings.catch_warnings():
@@ -95,19 +93,13 @@ def test_topk_gives_what_the_stock_layer_gives(case: str, loader: ModuleType, mo
 def test_each_layer_serves_with_what_its_router_has_learned(
     router: str, loader: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.layers = nn.ModuleList(
-        MoELayer(moerouters.build(router, Gating.softmax(E, K)), hidden_size=D, expert_size=4) for _ in range(3)
-    )
-    for layer in model.layers.eval():
-        layer.router.get_buffer(layer.router.state_names()[0]).uniform_(-0.2, 0.2)
-    moerouters.save_router_state(model, tmp_path / "state.safetensors")
+    state = tmp_path / "state.safetensors"
+    layers = saved_layers(router, state, num_experts=E, top_k=K, hidden_size=D)
     monkeypatch.setenv("MOEROUTERS_SERVE", router)
-    monkeypatch.setenv("MOEROUTERS_SERVE_STATE", str(tmp_path / "state.safetensors"))
+    monkeypatch.setenv("MOEROUTERS_SERVE_STATE", str(state))
     stock_ids_TK, _ = chosen()
     loader.load_plugins()
-    for number, layer in enumerate(model.layers):
+    for number, layer in enumerate(layers):
         expected = layer.router(logits())
         expected_ids_TK, order_TK = expected.expert_ids.sort(1)
         ids_TK, weights_TK = chosen(layer_id=number)

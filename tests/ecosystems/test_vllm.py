@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import moerouters
-from moerouters import Gating, MoELayer
 from moerouters.errors import ConfigError, UnsupportedError
 
 from .declared import registered_as
+from .learned import saved_layers
 from .stand_ins import stand_in
 
 with warnings.catch_warnings():
@@ -140,19 +139,13 @@ def test_topk_gives_what_the_stock_router_gives(case: str, loader: ModuleType, m
 def test_each_layer_serves_with_what_its_router_has_learned(
     plugin: str, loader: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.layers = nn.ModuleList(
-        MoELayer(moerouters.build(plugin, Gating.softmax(E, K)), hidden_size=D, expert_size=4) for _ in range(3)
-    )
-    for each in model.layers.eval():
-        each.router.get_buffer(each.router.state_names()[0]).uniform_(-0.2, 0.2)
-    moerouters.save_router_state(model, tmp_path / "state.safetensors")
+    state = tmp_path / "state.safetensors"
+    layers = saved_layers(plugin, state, num_experts=E, top_k=K, hidden_size=D)
     monkeypatch.setenv("MOEROUTERS_SERVE", plugin)
-    monkeypatch.setenv("MOEROUTERS_SERVE_STATE", str(tmp_path / "state.safetensors"))
+    monkeypatch.setenv("MOEROUTERS_SERVE_STATE", str(state))
     stock_ids_TK, _ = chosen(router_of())
     loader.load_general_plugins()
-    for number, each in enumerate(model.layers):
+    for number, each in enumerate(layers):
         expected = each.router(logits())
         expected_ids_TK, order_TK = expected.expert_ids.sort(1)
         ids_TK, weights_TK = chosen(router_of(number))

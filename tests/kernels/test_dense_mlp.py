@@ -1,7 +1,6 @@
 """All experts as one wide network against one expert at a time; what it computes, keeps and borrows."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,8 @@ from moerouters.kernels import dense_mlp as module
 from moerouters.kernels import workspace
 from moerouters.kernels.dense_mlp import dense_mlp, dense_mlp_torch
 from moerouters.kernels.routes import AllExperts
+
+from .mlp_checks import expect_equal, gradients, products, slopes
 
 E, D, F = 4, 3, 5
 NAMES = ("x", "weights", "up", "down")
@@ -34,36 +35,6 @@ def inputs(
     return [each.requires_grad_() for each in (x_TD, weights_TE, up_eFD, down_eDF)]
 
 
-def slopes(like: Tensor) -> Tensor:
-    random = torch.Generator().manual_seed(1)
-    return torch.randn(like.shape, generator=random, dtype=torch.float64).to(like.dtype)
-
-
-def gradients(y: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad((y * slopes(y)).sum(), wanted)
-
-
-def expect_equal(found: Tensor, expected: Tensor, wanted: Sequence[Tensor]) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    for mine, right in zip(gradients(found, wanted), gradients(expected, wanted), strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
-
-
-@contextmanager
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of what the block multiplies."""
-    made: list[tuple[int, ...]] = []
-    multiply = module.multiply
-
-    def counted(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        made.append(tuple(out.shape))
-        return multiply(a, b, out, add=add)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "multiply", counted)
-        yield made
-
-
 @pytest.mark.parametrize("num_experts", [1, E])
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -76,7 +47,7 @@ def test_equals_the_loop_over_experts_with_gradients(activation: Any, tokens: in
 def test_many_tiles(activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TILE_BYTES", 0)  # the smallest tiles, of 64 tokens
     given = inputs(150, activation)
-    with products(monkeypatch) as made:
+    with products(module, monkeypatch) as made:
         found = dense_mlp(*given, activation)
     assert [rows for rows, _ in made] == [50] * 6
     expect_equal(found, dense_mlp_torch(*given, activation), given)
@@ -170,7 +141,7 @@ def test_a_pass_computes_what_it_wants(part: str, monkeypatch: pytest.MonkeyPatc
     given = inputs(9)
     y_TD = dense_mlp(*given, "swiglu")
     everything = dict(zip(NAMES, torch.autograd.grad(y_TD.sum(), given, retain_graph=True), strict=True))
-    with products(monkeypatch) as made:
+    with products(module, monkeypatch) as made:
         found = torch.autograd.grad(y_TD.sum(), [given[NAMES.index(name)] for name in part.split()], retain_graph=True)
     assert sorted(made) == sorted(PRODUCTS[part])
     for name, mine in zip(part.split(), found, strict=True):
@@ -182,10 +153,10 @@ def test_tensors_without_gradient_cost_no_products(part: str, monkeypatch: pytes
     given = inputs(9)
     for name, tensor in zip(NAMES, given, strict=True):
         tensor.requires_grad_(name in part.split())
-    with products(monkeypatch) as made:
+    with products(module, monkeypatch) as made:
         y_TD = dense_mlp(*given, "swiglu")
     assert made == [H, (9, D)]
-    with products(monkeypatch) as made:
+    with products(module, monkeypatch) as made:
         y_TD.sum().backward()
     assert sorted(made) == sorted(PRODUCTS[part])
 

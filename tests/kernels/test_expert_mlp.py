@@ -1,7 +1,6 @@
 """The experts' operator against one pair at a time; what it computes, keeps and writes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Thread
 
 import pytest
@@ -14,36 +13,7 @@ from moerouters.kernels import expert_mlp_cpu, workspace
 from moerouters.kernels.expert_mlp import expert_mlp, expert_mlp_torch
 from support.routed import LOADS, Routed, routed
 
-
-def slopes(like: Tensor) -> Tensor:
-    random = torch.Generator().manual_seed(1)
-    return torch.randn(like.shape, generator=random, dtype=torch.float64).to(like.dtype)
-
-
-def gradients(y: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    nothing = sum((tensor.sum() * 0).to(y.dtype) for tensor in wanted)  # the loop has no graph without rows
-    return torch.autograd.grad((y * slopes(y)).sum() + nothing, wanted)
-
-
-def expect_equal(found: Tensor, expected: Tensor, wanted: list[Tensor]) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    for mine, right in zip(gradients(found, wanted), gradients(expected, wanted), strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
-
-
-@contextmanager
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of what the block multiplies."""
-    made: list[tuple[int, ...]] = []
-    multiply = expert_mlp_cpu.multiply
-
-    def counted(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        made.append(tuple(out.shape))
-        return multiply(a, b, out, add=add)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(expert_mlp_cpu, "multiply", counted)
-        yield made
+from .mlp_checks import expect_equal, gradients, products, slopes
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
@@ -68,7 +38,7 @@ def test_given_rows_equal_the_loop_with_gradients(activation: str, load: list[in
 def test_an_expert_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_mlp_cpu, "_TILE_BYTES", 0)  # the smallest tiles, of 64 rows
     case = routed("one hot expert", tokens=150)
-    with products(monkeypatch) as made:
+    with products(expert_mlp_cpu, monkeypatch) as made:
         found = case.run()
     assert len(made) == 2 * sum(-(-rows // 64) for rows in case.load_e.tolist())
     assert max(rows for rows, _ in made) <= 64
@@ -189,7 +159,7 @@ def test_a_pass_computes_what_it_wants(part: str, leaves: bool, monkeypatch: pyt
     y_TD = case.run()
     everything = torch.autograd.grad(y_TD.sum(), wanted, retain_graph=True)
     indices, expected = PARTS[part]
-    with products(monkeypatch) as made:
+    with products(expert_mlp_cpu, monkeypatch) as made:
         found = torch.autograd.grad(y_TD.sum(), [wanted[index] for index in indices], retain_graph=True)
     assert sorted(made) == sorted(2 * expected)
     for mine, index in zip(found, indices, strict=True):
@@ -203,7 +173,7 @@ def test_tensors_without_gradient_cost_no_products(part: str, monkeypatch: pytes
     for index, tensor in enumerate(case.wanted):
         tensor.requires_grad_(index in indices)
     y_TD = case.run()
-    with products(monkeypatch) as made:
+    with products(expert_mlp_cpu, monkeypatch) as made:
         y_TD.sum().backward()
     assert sorted(made) == sorted(2 * expected)
     assert [tensor.grad is not None for tensor in case.wanted] == [index in indices for index in range(4)]
@@ -217,10 +187,10 @@ def test_a_pipeline_runs_input_and_weight_gradients_apart(monkeypatch: pytest.Mo
     expected = torch.autograd.grad(y_TD.sum(), case.wanted[:3], retain_graph=True)
     weights = [torch.nn.Parameter(case.up_eFD.detach()), torch.nn.Parameter(case.down_eDF.detach())]
     y_TD = Routed(case.x_TD, case.weights_TK, case.order_N, *weights, case.load_e, "swiglu").run()
-    with products(monkeypatch) as made:
+    with products(expert_mlp_cpu, monkeypatch) as made:
         of_x, groups = backward.stage_backward_input([y_TD], [torch.ones_like(y_TD)], [case.x_TD], iter(weights))
     assert sorted(made) == sorted(2 * [DH, DX])
-    with products(monkeypatch) as made:
+    with products(expert_mlp_cpu, monkeypatch) as made:
         backward.stage_backward_weight(iter(weights), groups)
     assert sorted(made) == sorted(2 * [DW_DOWN, DW_UP])  # what both halves need was made once
     for mine, right in zip((of_x[0], *(weight.grad for weight in weights)), expected, strict=True):

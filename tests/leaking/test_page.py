@@ -31,7 +31,7 @@ def test_recording_and_rendering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(page, "BATCHES", (10, 12))
     monkeypatch.setattr(page, "SAMPLES", 2)
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "leak.md").write_text("before\n<!-- generated: leak -->\nold\n<!-- end: leak -->\nafter\n")
+    (tmp_path / "leak.md").write_text("before\n<!-- leak -->\nold\n<!-- /leak -->\nafter\n")
     page.main(["record", str(tmp_path), "topk", "bip", "no-such-router"])
     page.main(["render", str(tmp_path)])
     kept = page.read(tmp_path)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moerouters.lab.corpus import standard_library
 from moerouters.lab.files import write_text
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.lab.presets import preset
 from moerouters_conformance import pool
 from support.expert_parallel import CLEAR_SEED, GLOBAL_LOSS, Course, alone, case_of, spread
@@ -24,7 +25,6 @@ from support.expert_parallel import CLEAR_SEED, GLOBAL_LOSS, Course, alone, case
 STEPS = 20
 DISPATCHERS = ("all_gather", "all_to_all", "hierarchical", "mesh3d", "padded", "tensor_sliced")
 LIMIT = 1e-4
-_BEGIN, _END = "<!-- parity -->\n", "<!-- /parity -->"
 
 
 class Row(BaseModel):
@@ -80,21 +80,16 @@ def measured(parity: Parity) -> list[str]:
 def table(parity: Parity) -> str:
     """The Markdown between the marks of the page."""
     names = measured(parity)
-    lines = [
-        "| router | routing | " + " | ".join(f"`{name}`" for name in names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
+    rows = []
     for row in parity.rows:
         cells = [f"{x:.0e}" if x <= LIMIT else f"**{x:.0e}**" for x in (row.apart[name] for name in names)]
-        lines.append(f"| `{row.router}` | {row.routing}, seed {row.seed} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{row.router}`", f"{row.routing}, seed {row.seed}", *cells))
+    return markdown_table(("router", "routing", *(f"`{name}`" for name in names)), rows)
 
 
 def rendered(page: str, parity: Parity) -> str:
     """The page with the table of `parity` in its place."""
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}{table(parity)}{_END}{after}"
+    return with_part(page, "parity", table(parity))
 
 
 def load(docs: Path) -> Parity:

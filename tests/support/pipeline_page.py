@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.pipeline import BUILDERS, build, simulate
 from moerouters.pipeline.console import number
 
-BEGIN, END = "<!-- schedules: begin -->\n", "<!-- schedules: end -->\n"
 COLUMNS = ("schedule", "stages", "makespan", "bubble", "peak live activations, by rank", "makespan of the same model")
 
 
 def rendered(page: str) -> str:
     """The page with its table made anew."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    lines = [_row(COLUMNS), _row(["---"] * len(COLUMNS)), *map(_known, BUILDERS)]
-    return before + BEGIN + "\n".join(lines) + "\n" + END + after
+    return with_part(page, "schedules", markdown_table(COLUMNS, [_known(name) for name in BUILDERS]))
 
 
-def _known(name: str) -> str:
+def _known(name: str) -> tuple[str, ...]:
     schedule = build(name, 4, 8)
     run = simulate(schedule)
     same = Fraction(run.makespan) * schedule.num_ranks / schedule.num_stages
     peaks = ", ".join(map(str, run.peak_live))
     bubble = f"{float(run.bubble):.4f}"
-    return _row([f"`{name}`", str(schedule.num_stages), number(run.makespan), bubble, peaks, number(same)])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return f"`{name}`", str(schedule.num_stages), number(run.makespan), bubble, peaks, number(same)
 
 
 if __name__ == "__main__":
