@@ -111,16 +111,16 @@ def through_blocks(
 
 
 class DenseMLP(nn.Module):
-    """down(silu(gate x) * (up x)), gate and up in one product: 0.7 to 1.0 of the time of three Linears."""
+    """down(silu(gate x) * (up x)). Gate and up in one product take 1.01 to 1.09 of the time (D 64 to 512, 1 thread)."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+        self.up = nn.Linear(hidden_size, width, bias=False)
         self.down = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
-        y: Tensor = self.down(F.silu(gate) * up)
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
 
 
