@@ -30,17 +30,22 @@ class Contender:
         """At the size where its search starts. Raises where its router cannot be had, before anything is timed."""
         settings = plan.settings_of(spec)
         entrant = None if spec.router is None else named_roster(spec.router, settings)[0]
-        if spec.partner is None or spec.knob != "expert_size":
-            return cls(spec, settings, entrant)
-        width = plan.settings_of(plan.model(spec.partner)).dense_size
         start = cls(spec, settings, entrant)
+        if spec.partner is None:
+            return start
+        width = plan.settings_of(plan.model(spec.partner)).dense_size
         experts = start.active_experts + spec.shared_experts
-        return start.sized(max(1, round(width / experts / plan.multiple)) * plan.multiple)
+        return start._wide(max(1, round(width / experts / plan.multiple)) * plan.multiple)
 
     def sized(self, value: int) -> Contender:
         """With another value of what its search adjusts."""
-        changed = self.settings.override({self.spec.knob: value})
-        return self.resolved(changed.override({"shared_size": self.spec.shared_experts * changed.expert_size}))
+        if self.spec.knob == "expert_size":
+            return self._wide(value)
+        return self.resolved(self.settings.override({self.spec.knob: value}))
+
+    def _wide(self, expert_size: int) -> Contender:
+        shared_size = self.spec.shared_experts * expert_size
+        return self.resolved(self.settings.override({"expert_size": expert_size, "shared_size": shared_size}))
 
     def resolved(self, settings: Settings) -> Contender:
         """With these settings, as an earlier search found them."""

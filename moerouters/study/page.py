@@ -22,7 +22,7 @@ from moerouters.lab.showcase import fingerprint
 from moerouters.study.answer import answer, seeds_told
 from moerouters.study.pictures import draw_anatomy, draw_frontier
 from moerouters.study.plan import Record
-from moerouters.study.results import PARTS, MeshRow, StudyResults
+from moerouters.study.results import PARTS, MeshRow, Projected, StudyResults
 from moerouters.study.table import COLUMNS, DETAILS, Column, cells, communication, interval
 
 _DRAWN = {"frontier": draw_frontier, "anatomy": draw_anatomy}
@@ -106,6 +106,9 @@ def _shown(committed: Committed) -> str:
     parts += [text.replace("\n", " ") for text in failed]
     if results.mesh:
         parts += ["Over ranks, measured:", _mesh(results.mesh)]
+    if results.projections:
+        told = "On larger clusters, as `moerouters simulate` projects it; nothing of this was measured:"
+        parts += [f"{told} ms of one layer, forward and backward.", _projection(results.projections)]
     return "\n\n".join(parts)
 
 
@@ -145,6 +148,20 @@ def _mesh(rows: Sequence[MeshRow]) -> str:
             for row in rows
         ],
     )
+
+
+def _projection(projections: Sequence[Projected]) -> str:
+    """For the most ranks: a row for each model, cluster and load, a column for each back-end; the report has all."""
+    most = max(each.ranks for each in projections)
+    backends = list(dict.fromkeys(each.backend for each in projections))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for each in projections:
+        if each.ranks == most:
+            dropped = f", drops {each.dropped:.0%}" if each.dropped >= 0.005 else ""
+            row = rows.setdefault((each.model, f"`{each.cluster}`", str(most), each.load), {})
+            row[each.backend] = f"{each.ms:.3g} ({each.idle:.0%} idle{dropped})"
+    titles = ["model", "cluster", "ranks", "load", *(f"`{name}`" for name in backends)]
+    return markdown_table(titles, [(*key, *(row.get(name, "-") for name in backends)) for key, row in rows.items()])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

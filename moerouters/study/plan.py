@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moerouters.errors import ConfigError
 from moerouters.lab.overrides import parse_changes
 from moerouters.lab.settings import Settings
+from moerouters.registry.configs import field_errors
 
 Knob = Literal["expert_size", "num_layers"]
+_OF_A_ROW = ("router", "shared_experts", "knob")
+"""What a user can set of a MoE model beside its settings."""
 
 
 class Record(BaseModel):
@@ -40,6 +44,16 @@ class ModelSpec(Record):
         if (self.router is None) != (self.partner is None):
             raise ValueError(f"model {self.name!r} needs both a router and a partner, or neither")
         return self
+
+    def changed(self, fields: Mapping[str, Any]) -> Self:
+        """With other values of some fields. Raises ConfigError for values that cannot be."""
+        try:
+            return self.model_validate(self.model_dump() | fields)
+        except ValidationError as error:
+            problems = "\n".join(field_errors(error))
+            raise ConfigError(
+                f"the model {self.name!r} of the study cannot be.", where="--set", why=problems
+            ) from error
 
 
 class Budget(Record):
@@ -132,7 +146,8 @@ class Plan(Record):
         return self.model_copy(update={"models": tuple(model for model in self.models if model.name in needed)})
 
     def changed(self, items: tuple[str, ...]) -> Plan:
-        """With `NAME=VALUE` set for all models, `MODEL.NAME=VALUE` for one. Raises ConfigError for unknown names."""
+        """With `NAME=VALUE` set for all models, `MODEL.NAME=VALUE` for one, whose `router`, `shared_experts` and `knob`
+        can be set too. Raises ConfigError for what cannot be."""
         changes = parse_changes(items, where="--set")
         everyone = {name: value for name, value in changes.items() if "." not in name}
         dense_only = {name: everyone.pop(name) for name in ("dense_size",) if name in everyone}
@@ -141,9 +156,10 @@ class Plan(Record):
             own = {
                 name.partition(".")[2]: value for name, value in changes.items() if name.partition(".")[0] == model.name
             }
+            row = {name: own.pop(name) for name in _OF_A_ROW if name in own}
             kept = {name: value for name, value in model.settings.items() if name not in everyone}
             widths = dense_only if model.router is None else {}
-            models.append(model.model_copy(update={"settings": kept | widths | own}))
+            models.append(model.changed(row | {"settings": kept | widths | own}))
         known = {model.name for model in self.models}
         strangers = [name for name in changes if "." in name and name.partition(".")[0] not in known]
         if strangers:

@@ -42,6 +42,7 @@ def project(name: str, settings: Settings, *, avg_max_vio: float | None) -> list
                 load=each.load,
                 ms=each.total_ms,
                 idle=each.stage_ms("idle") / each.total_ms,
+                dropped=each.dropped,
             )
             for each in simulate(scenario).estimates
         ]

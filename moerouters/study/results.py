@@ -146,6 +146,8 @@ class Projected(Record):
     ms: float
     """Of a layer, forward and backward."""
     idle: float
+    dropped: float = 0.0
+    """Part of the pairs of token and expert that a capacity takes away; only `padded` has one."""
 
 
 class StudyResults(SavedResults):

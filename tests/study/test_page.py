@@ -37,13 +37,22 @@ def test_recording_and_rendering(tmp_path: Path) -> None:
         tokens_per_s=1000.0, idle=0.25,
         anatomy=Anatomy(parts_ms={"communication": 3.0, "other": 6.0}, step_ms=9.0, error=0.0, slowdown=1.1),
     )  # fmt: skip
-    found = three_seeds().model_copy(update={"mesh": (row,)})
+    projected = [
+        Projected(model="topk", cluster="v100", ranks=n, backend=name, load="uniform", ms=ms, idle=0.125, dropped=lost)
+        for n in (8, 64)
+        for name, ms, lost in (("padded", 3.0, 0.02), ("all_to_all", 2.5 * n, 0.0))
+    ]
+    found = three_seeds().model_copy(update={"mesh": (row,), "projections": tuple(projected)})
     found.save(tmp_path)
     page.main(["record", str(tmp_path), str(docs), "--note", "a remark"])
     page.main(["render", str(docs)])
     text = (docs / "study.md").read_text(encoding="utf-8")
     assert "a perplexity 3.0% lower than the dense model's" in text and "**a remark**" in text
     assert "| 1 | 2 | 1 | `tensor_sliced` | 9.0 (9.0 to 9.0) | 1.50 (1.49 to 1.51) | 1,000 | 25% | 33% |" in text
+    assert (
+        "| topk | `v100` | 64 | uniform | 3 (12% idle, drops 2%) | 160 (12% idle) |" in text
+        and "20 (12% idle)" not in text
+    )
     assert text.startswith("before\n") and text.endswith("after\n")
     assert {path.name for path in (docs / "images").iterdir()} == {"study-frontier.svg", "study-anatomy.svg"}
     assert page.rendered(text, page.load(docs)) == text

@@ -90,11 +90,29 @@ def test_changes_of_all_models_and_of_one() -> None:
         ("topk-x.top_k=1", "no model 'topk-x'"),
         ("topk-m.top_k=99", "top_k"),
         ("topk-m.topk=1", "top_k"),
+        ("topk-m.knob=width", "knob.*'expert_size' or 'num_layers'"),
+        ("topk-m.shared_experts=-1", "shared_experts"),
+        ("dense-m.router=bip", "both a router and a partner"),
     ],
 )
 def test_changes_that_cannot_be(change: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PRESETS["tiny"].changed((change,))
+
+
+def test_the_row_itself_can_be_changed() -> None:
+    changes = ("topk-m.router=bip:iterations=8", "topk-m.shared_experts=1", "topk-m.knob=num_layers", "topk-m.top_k=1")
+    spec = PRESETS["tiny"].changed(changes).model("topk-m")
+    assert (spec.router, spec.shared_experts, spec.knob) == ("bip:iterations=8", 1, "num_layers")
+    assert spec.settings == {"top_k": 1}
+
+
+def test_a_search_over_depth_keeps_the_width_of_the_partner() -> None:
+    plan = PRESETS["tiny"].changed(("topk-m.knob=num_layers", "num_layers=3"))
+    start = Contender.of(plan, plan.model("topk-m"))
+    assert start.settings.expert_size == 256  # half of the dense model's 512
+    deeper = start.sized(4).settings
+    assert (deeper.num_layers, deeper.expert_size) == (4, 256)
 
 
 def test_what_is_no_plan() -> None:
