@@ -103,14 +103,23 @@ class Line(Row):
     run: Stamp
 
 
+def as_lines(result: Result) -> list[Line]:
+    """The rows of a result, each complete in itself."""
+    return [Line(run=result.run, **row.model_dump(by_alias=True)) for row in result.rows]
+
+
+def written(lines: Iterable[Line]) -> str:
+    """As JSON lines."""
+    return "".join(line.model_dump_json(by_alias=True, exclude_none=True) + "\n" for line in lines)
+
+
 def lines(result: Result) -> str:
-    """The rows of a result as JSON lines, each complete in itself."""
-    kept = (Line(run=result.run, **row.model_dump(by_alias=True)) for row in result.rows)
-    return "".join(line.model_dump_json(by_alias=True, exclude_none=True) + "\n" for line in kept)
+    """The rows of a result as JSON lines."""
+    return written(as_lines(result))
 
 
 def read_lines(path: Path) -> list[Line]:
-    """What `lines` wrote, of one run or several."""
+    """What was `written`, of one run or several."""
     return [Line.model_validate_json(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from moerouters.bench import page, record
+from moerouters.bench.case import Request
 from moerouters.bench.cases import cases_of
 from moerouters.bench.page import growth_power, load, rendered_log, rendered_page
-from moerouters.bench.rows import Row
+from moerouters.bench.rows import Result, Row, read_lines, stamp
 from moerouters.bench.shapes import SHAPES
 from moerouters.bench.tables import aligned
 from moerouters.bench.targets import TARGETS, Target, verdicts
+from moerouters.errors import ConfigError
 from moerouters.lab.showcase import fingerprint
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -134,11 +136,46 @@ def test_powers() -> None:
 def test_recording_covers_every_goal() -> None:
     """What `record` measures holds every table that a goal asks for, and an implementation of that name."""
     for kind in ("cpu", "cuda"):
-        requests = record.requests(device=kind, threads=1, trial=False)
-        cases = [case for request in requests for case in cases_of(request)]
+        requests = record.parts(device=kind, threads=1, trial=False)
+        cases = [case for request in requests.values() for case in cases_of(request)]
         for target in TARGETS:
             if target.kind == kind:
                 place = (target.subject, target.shape, target.passes, target.dtype)
                 (case,) = [c for c in cases if (c.request.subject, c.shape.name, c.passes, c.dtype) == place]
                 patterns = target.impl.split("|")
                 assert any(fnmatch(name, pattern) for name in case.wanted() for pattern in patterns), target.id
+
+
+def test_recording_a_part_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run without --only begins anew."""
+    (tmp_path / "benchmarks").mkdir()
+    measured: list[str] = []
+
+    def fake(request: Request, *, allocators: tuple[str, ...], note: str) -> Result:
+        measured.append(request.subject)
+        found = [
+            Row(
+                subject=request.subject, shape=shape.name, sizes=shape.sizes(), grows=shape.grows, impl="moerouters",
+                passes="forward", dtype=request.dtype, allocator="default", rounds=request.rounds, median_ms=1.0,
+                low_ms=1.0, high_ms=1.0, over={},
+            )
+            for shape in request.shapes
+        ]  # fmt: skip
+        return Result(run=stamp(kind="cpu", threads=1, note=note), rows=tuple(found))
+
+    monkeypatch.setattr(record, "run", fake)
+    monkeypatch.setattr(page, "main", lambda docs: None)
+    target = tmp_path / "benchmarks" / "bench-cpu.jsonl"
+    record.main([str(tmp_path), "--trial", "--note", "first"])
+    first = read_lines(target)
+    assert measured == ["layer", "router", "dispatch", "balance", "layer", "layer", "layer"]
+    measured.clear()
+    record.main([str(tmp_path), "--trial", "--note", "again", "--only", "router-*", "--only", "layer-K"])
+    again = read_lines(target)
+    assert measured == ["router", "layer"]
+    assert {(line.subject, line.shape) for line in again} == {(line.subject, line.shape) for line in first}
+    assert {line.subject + line.grows for line in again if line.run.note == "again"} == {"router", "layerK"}
+    record.main([str(tmp_path), "--trial", "--note", "last"])
+    assert {line.run.note for line in read_lines(target)} == {"last"}
+    with pytest.raises(ConfigError, match=r"no part like 'layer-X'(.|\n)*layer-tiny"):
+        record.main([str(tmp_path), "--trial", "--only", "layer-X"])
