@@ -20,6 +20,7 @@ from moerouters.bench.timing import Ratio
 from moerouters.lab.files import write_text
 from moerouters.lab.pages import markdown_table, with_part
 
+_MOST_ONE_BY_ONE = 6
 Kept = Mapping[str, Sequence[Line]]
 """Rows by name of their file: `cpu` for bench-cpu.jsonl."""
 
@@ -39,7 +40,7 @@ def rendered_log(log: str, kept: Kept) -> str:
     """docs/benchmarks/log.md with the measured value under the heading of every target."""
     judged = _by_target(kept)
     for target in TARGETS:
-        told = "; ".join(map(_told, judged.get(target.id, ()))) or "not measured"
+        told = "; ".join(what for what, _ in _shown(judged.get(target.id, [])))
         log = with_part(log, f"bench:{target.id}", f"Goal {target.goal}; measured: {told}.")
     return log
 
@@ -59,9 +60,8 @@ def _goals(kept: Kept) -> str:
     judged = _by_target(kept)
     lines = ["| target | goal | measured | reached |", "|---|---|---|---|"]
     for target in TARGETS:
-        found = judged.get(target.id, [])
-        told = "<br>".join(map(_told, found)) or "not measured"
-        states = "<br>".join(verdict.reached if verdict.reached != "no" else "**no**" for verdict in found)
+        shown = _shown(judged.get(target.id, []))
+        told, states = ("<br>".join(each) for each in zip(*shown, strict=True))
         lines.append(f"| {_kind(target)}: {target.text} | {target.goal} | {told} | {states} |")
     return "\n".join(lines)
 
@@ -129,6 +129,18 @@ def _by_target(kept: Kept) -> dict[str, list[Verdict]]:
             for verdict in verdicts(rows, kind=rows[0].run.kind):
                 found.setdefault(verdict.target.id, []).append(verdict)
     return found
+
+
+def _shown(found: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """(what was measured, whether it is reached) one by one; where many are reached, those in one."""
+    if not found:
+        return [("not measured", "")]
+    shown = [(_told(each), "**no**" if each.reached == "no" else each.reached) for each in found]
+    values = [each.value for each in found if each.reached == "yes"]
+    if len(values) <= _MOST_ONE_BY_ONE:
+        return shown
+    rest = f"{len(values)} more: {min(values):.3f} to {max(values):.3f}"
+    return [*(each for each in shown if each[1] != "yes"), (rest, "yes")]
 
 
 def _told(verdict: Verdict) -> str:

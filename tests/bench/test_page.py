@@ -11,7 +11,7 @@ from moerouters.bench import page, record
 from moerouters.bench.case import Request
 from moerouters.bench.cases import cases_of
 from moerouters.bench.page import growth_power, load, rendered_log, rendered_page
-from moerouters.bench.rows import Result, Row, read_lines, stamp
+from moerouters.bench.rows import Line, Result, Row, read_lines, stamp
 from moerouters.bench.shapes import SHAPES
 from moerouters.bench.tables import aligned
 from moerouters.bench.targets import TARGETS, Target, verdicts
@@ -36,7 +36,8 @@ def test_pictures_were_drawn_from_them() -> None:
     files = list((DOCS / "benchmarks").glob("bench-*.jsonl"))
     assert files
     for path in files:
-        pictures = list((DOCS / "images").glob(f"{path.stem}-*.svg"))
+        named = (DOCS / "images" / f"{path.stem}-{part}.svg" for part in ("layer", "growth"))
+        pictures = [picture for picture in named if picture.exists()]
         assert bool(pictures) == ('"subject":"layer"' in path.read_text(encoding="utf-8").replace(" ", ""))
         for picture in pictures:
             assert fingerprint(path.read_bytes()) in picture.read_text(encoding="utf-8"), f"{picture.name} is {STALE}"
@@ -120,6 +121,24 @@ def test_misses_come_first_and_rates_have_their_interval() -> None:
     assert [verdict.reached for verdict in verdicts([good, fast], kind="cuda")] == ["just"]
     missed = row_for(PEER, low=0.1, high=0.2)
     assert [verdict.reached for verdict in verdicts([good, missed], kind="cpu")] == ["no", "yes"]
+
+
+def test_many_that_reach_a_goal_share_a_line(tmp_path: Path) -> None:
+    (target,) = [each for each in TARGETS if each.id == "balancer-cpu-cpu-16"]
+    run = stamp(kind="cpu", threads=1)
+
+    def line(names: str) -> str:
+        shares = (0.001 * n if name != "x" else 0.5 for n, name in enumerate(names))
+        rows = [row_for(target, low=share, high=share, impl=name) for name, share in zip(names, shares, strict=True)]
+        kept = {"cpu": [Line(run=run, **row.model_dump(by_alias=True)) for row in rows]}
+        text = rendered_page((DOCS / "benchmarks.md").read_text(encoding="utf-8"), kept, tmp_path)
+        (found,) = [line for line in text.splitlines() if target.text in line]
+        return found
+
+    few, many = line("abx"), line("abcdefghx")
+    assert few.count("allocator default") == 3 and few.endswith("| **no**<br>yes<br>yes |")
+    assert many.count("allocator default") == 1
+    assert many.endswith("8 more: 0.000 to 0.007 | **no**<br>yes |")
 
 
 def test_no_cell_is_cut() -> None:
