@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moerouters.cli.output import print_table
 from moerouters.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,6 +108,7 @@ def _swap(routers: str, *, device: str, rounds: int, threads: int, json: Path | 
     import torch
 
     from moerouters.bench.swap import STOCK, bench_swap
+    from moerouters.bench.tables import aligned
 
     names = [name for name in routers.split(",") if name]
     result = bench_swap(names, device=torch.device(device), rounds=rounds, threads=threads)
@@ -118,11 +118,8 @@ def _swap(routers: str, *, device: str, rounds: int, threads: int, json: Path | 
         limit = "" if setting.limit is None else f"{setting.limit:g}"
         rows.append([setting.part, setting.mode, str(setting.tokens), f"{timings[STOCK].median_ms:.3f}", *told, limit])
     sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
-    print_table(
-        ["part", "mode", "tokens", "stock ms", *names, "limit"],
-        rows,
-        title=f"Ratio to the stock router of Qwen3-MoE (middle half of {rounds} rounds); {sizes}; {result.machine}, "
-        f"torch {result.torch}, transformers {result.transformers}",
-    )
+    title = f"Ratio to the stock router of Qwen3-MoE (middle half of {rounds} rounds); {sizes}"
+    typer.echo(f"{title}\n{result.machine}, torch {result.torch}, transformers {result.transformers}\n")
+    typer.echo(aligned(["part", "mode", "tokens", "stock ms", *names, "limit"], rows))
     if json is not None:
         json.write_text(result.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
