@@ -131,7 +131,7 @@ def _by_target(kept: Kept) -> dict[str, list[Verdict]]:
     return found
 
 
-def _shown(found: Sequence[Verdict]) -> list[tuple[str, str]]:
+def _shown(found: Sequence[Verdict]) -> Sequence[tuple[str, str]]:
     """(what was measured, whether it is reached) one by one; where many are reached, those in one."""
     if not found:
         return [("not measured", "")]

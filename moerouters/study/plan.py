@@ -48,7 +48,7 @@ class ModelSpec(Record):
     def changed(self, fields: Mapping[str, Any]) -> Self:
         """With other values of some fields. Raises ConfigError for values that cannot be."""
         try:
-            return self.model_validate(self.model_dump() | fields)
+            return self.model_validate({**self.model_dump(), **fields})
         except ValidationError as error:
             problems = "\n".join(field_errors(error))
             raise ConfigError(
