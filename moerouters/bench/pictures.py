@@ -38,6 +38,8 @@ def draw(rows: Sequence[Row], images: Path, *, name: str, source: bytes) -> list
 
 def _ratios(rows: Sequence[Row]) -> Figure:
     """Time over the dense MLP of the same FLOPs, with its interval; one panel a shape, one mark an allocator."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     shapes = list(dict.fromkeys((row.shape, row.dtype) for row in rows))
     allocators = list(dict.fromkeys(row.allocator for row in rows))
     figure, panels = _figure(len(shapes), height=3.6)
@@ -63,6 +65,9 @@ def _ratios(rows: Sequence[Row]) -> Figure:
         axes.set_yticks(range(len(impls)), impls)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(title=f"{shape}, {dtype}", xlabel="time over a dense MLP of the same FLOPs")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
