@@ -21,6 +21,7 @@ from moerouters.lab.files import write_text
 from moerouters.lab.pages import markdown_table, with_part
 
 _MOST_ONE_BY_ONE = 6
+"""Reached goals of one target that get a line each."""
 Kept = Mapping[str, Sequence[Line]]
 """Rows by name of their file: `cpu` for bench-cpu.jsonl."""
 
@@ -58,12 +59,11 @@ def main(docs: Path) -> None:
 def _goals(kept: Kept) -> str:
     """Every target with what was measured of it."""
     judged = _by_target(kept)
-    lines = ["| target | goal | measured | reached |", "|---|---|---|---|"]
+    rows = []
     for target in TARGETS:
-        shown = _shown(judged.get(target.id, []))
-        told, states = ("<br>".join(each) for each in zip(*shown, strict=True))
-        lines.append(f"| {_kind(target)}: {target.text} | {target.goal} | {told} | {states} |")
-    return "\n".join(lines)
+        told, states = ("<br>".join(each) for each in zip(*_shown(judged.get(target.id, [])), strict=True))
+        rows.append([f"{_kind(target)}: {target.text}", target.goal, told, states])
+    return markdown_table(["target", "goal", "measured", "reached"], rows)
 
 
 def _results(kept: Kept, images: Path) -> str:

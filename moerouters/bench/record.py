@@ -45,8 +45,7 @@ def parts(*, device: str, threads: int, trial: bool) -> dict[str, Request]:
         for shape in named_shapes(None, subject=subject, device=device)
     }
     if device == "cpu":
-        bf16 = part("layer", shapes="cpu-bf16", dtype="bfloat16", impl="moerouters,hf-grouped_mm")
-        found["layer-cpu-bf16"] = bf16
+        found["layer-cpu-bf16"] = part("layer", shapes="cpu-bf16", dtype="bfloat16", impl="moerouters,hf-grouped_mm")
     for letter in "TEK":
         found[f"layer-{letter}"] = part("layer", grow=letter, impl=_GROWING, rounds=7, memory=False)
     return found
