@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moerouters.lab.claims import CLAIMS, change_percent, signed
 from moerouters.lab.files import write_text
-from moerouters.lab.pages import with_part
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.lab.showcase import Showcase, draw
 from moerouters.lab.summary import COLUMNS, summarize
 
@@ -41,20 +41,17 @@ def section(name: str, showcase: Showcase) -> str:
         f"{settings.steps} steps of {settings.batch_tokens} bytes of {results.corpus.name} (sha256 "
         f"{results.corpus.sha256[:12]}), {len(seeds)} seed{'s' * (len(seeds) != 1)}; {showcase.machine}.",
         "",
-        f"| router | perplexity | over `{reference}`, % | " + " | ".join(c.title for c in columns[1:]) + " |",
-        "|---|---|---|" + "---|" * (len(columns) - 1),
     ]
+    rows = []
     for summary in summaries:
         change = change_percent(summary.runs, by_label[reference])
         cells = [" ".join(summary.parts(column)) for column in columns]
         cells.insert(1, "-" if change is None or summary.label == reference else signed(change))
-        lines.append(f"| `{summary.label}` | " + " | ".join(cells) + " |")
-    lines += ["", f"![MaxVio of every training batch](images/results-{name}.svg)", ""]
-    lines += ["| the paper says | here | |", "|---|---|---|"]
-    for claim in CLAIMS[name]:
-        found, verdict = claim.check(showcase)
-        lines.append(f"| {claim.text} | {found} | {verdict} |")
-    return "\n".join(lines)
+        rows.append([f"`{summary.label}`", *cells])
+    titles = ["router", "perplexity", f"over `{reference}`, %", *(column.title for column in columns[1:])]
+    lines += [markdown_table(titles, rows), "", f"![MaxVio of every training batch](images/results-{name}.svg)", ""]
+    claims = [(claim.text, *claim.check(showcase)) for claim in CLAIMS[name]]
+    return "\n".join([*lines, markdown_table(["the paper says", "here", ""], claims)])
 
 
 def rendered(text: str, docs: Path) -> str:

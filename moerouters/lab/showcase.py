@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moerouters.lab.files import write_text
-from moerouters.lab.pages import with_part
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.lab.results import Results
 from moerouters.lab.summary import COLUMNS, Column, summarize
 
@@ -70,13 +70,7 @@ def table(showcase: Showcase) -> str:
     shown: list[Column] = [column for column in COLUMNS if column.metric in _SHOWN]
     seeds = sorted({run.seed for run in results.runs})
     command = "make compare" if len(seeds) == 1 else f'make compare ARGS="--seeds {len(seeds)}"'
-    lines = [
-        "| router | " + " | ".join(column.title for column in shown) + " |",
-        "|---|" + "---|" * len(shown),
-    ]
-    for summary in summarize(results):
-        cells = [" ".join(summary.parts(column)) for column in shown]
-        lines.append(f"| `{summary.label}` | " + " | ".join(cells) + " |")
+    rows = [[f"`{each.label}`", *(" ".join(each.parts(column)) for column in shown)] for each in summarize(results)]
     return "\n".join(
         [
             f"`{command}`, preset `{results.preset}`: {settings.num_layers} layers, {settings.num_experts} experts, "
@@ -84,7 +78,7 @@ def table(showcase: Showcase) -> str:
             f"{results.corpus.name} (sha256 {results.corpus.sha256[:12]}), the same seeds and batches for every "
             f"router; {showcase.machine}, {showcase.minutes:.1f} minutes in all.",
             "",
-            *lines,
+            markdown_table(["router", *(column.title for column in shown)], rows),
             "",
             "MaxVio = max load / mean load - 1, over the batch that one update sees; AvgMaxVio and SupMaxVio are its "
             "mean and maximum over all training batches, MinVio = min load / mean load - 1 in the last step; mean over "

@@ -16,7 +16,7 @@ from moerouters import registry
 from moerouters.errors import MoeroutersError
 from moerouters.lab.files import write_text
 from moerouters.lab.job import set_threads
-from moerouters.lab.pages import with_part
+from moerouters.lab.pages import markdown_table, with_part
 from moerouters.leaking.command import build_routers, measure_all
 from moerouters.leaking.entropy import expert_choice_bits
 from moerouters.leaking.report import Experiment, LeakReport, RouterLeak
@@ -64,17 +64,13 @@ def section(page: LeakPage) -> str:
         leak.label: [report.routers[i] for report in page.reports] for i, leak in enumerate(page.reports[0].routers)
     }
     ordered = sorted(by_label.items(), key=lambda row: (-max(leak.bits for leak in row[1]), row[0]))
+    rows = [[f"`{label}`", "yes" if row[0].causal else "**no**", *map(_cell, row)] for label, row in ordered]
     lines = [
         f"E = {first.num_experts}, K = {first.top_k}, {first.score}; {first.samples} futures for each of "
         f"{first.repeats} pasts at {first.positions} positions, after {first.updates} updates; torch "
         f"{page.reports[0].torch}. Bits per token and layer, with the 95% interval.",
         "",
-        "| router | declared causal | " + " | ".join(columns) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    lines += [
-        f"| `{label}` | {'yes' if row[0].causal else '**no**'} | " + " | ".join(map(_cell, row)) + " |"
-        for label, row in ordered
+        markdown_table(["router", "declared causal", *columns], rows),
     ]
     figure = expert_choice_bits(first.num_experts, first.top_k)
     if figure is not None:

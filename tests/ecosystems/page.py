@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from moerouters.lab.pages import markdown_table
+
 from .signatures import RELIED_ON
 from .signatures import read as facts
 
@@ -85,15 +87,13 @@ PARTS = {
 
 
 def _table(survey: Survey) -> str:
-    lines = [
-        f"| framework | version | run for real, torch {survey.torch} on a CPU | compared with its source |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name, relied_on in RELIED_ON.items():
         ran = survey.ran[name]
         held = f"{ran.cases} of {ran.cases}" if not ran.failed else f"**{ran.cases - ran.failed} of {ran.cases}**"
-        lines.append(f"| {name} | {ran.version} | {PARTS[name]}: {held} checks hold | {len(relied_on)} declarations |")
-    return "\n".join(lines)
+        rows.append([name, ran.version, f"{PARTS[name]}: {held} checks hold", f"{len(relied_on)} declarations"])
+    run = f"run for real, torch {survey.torch} on a CPU"
+    return markdown_table(["framework", "version", run, "compared with its source"], rows)
 
 
 def _ran(survey: Survey, name: str) -> str:
