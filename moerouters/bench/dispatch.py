@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -89,10 +90,10 @@ class DispatchCase(Case):
         shape, dtype = self.shape, self.request.torch_dtype
         # As much room as the fullest expert needs: `padded` sends all of it.
         capacity = int(self._assignment.load_E.max()) if name == "padded" else None
-        plan = make_plan(self._assignment, capacity=capacity)
         x_TD = normal(shape.T, shape.D, device=self.device, dtype=dtype).requires_grad_(self.passes == BOTH)
         grad_TD = normal(shape.T, shape.D, device=self.device, seed=2)
         weights_TK = self._assignment.weights.detach().requires_grad_(self.passes == BOTH)
+        plan = make_plan(replace(self._assignment, weights=weights_TK), capacity=capacity)
         try:
             dispatcher = LocalDispatcher() if name == "local" else built_in(name, Site(_world(), backend=name))
             return self._run(dispatcher, plan, x_TD, weights_TK, grad_TD)

@@ -58,7 +58,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How tokens reach them: auto, all_to_all, all_gather, hierarchical, mesh3d, padded or tensor_sliced.",
+            help="How tokens reach them: auto, all_to_all, all_gather, deepep, hierarchical, mesh3d, padded or "
+            "tensor_sliced.",
         ),
     ] = None,
     pipeline: Annotated[

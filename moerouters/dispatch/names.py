@@ -11,6 +11,7 @@ BACKENDS = {
     "all_gather": "AllGatherDispatcher",
     "all_to_all": "AllToAllDispatcher",
     "auto": "AutoDispatcher",
+    "deepep": "DeepEpDispatcher",
     "hierarchical": "HierarchicalDispatcher",
     "mesh3d": "Mesh3dDispatcher",
     "padded": "PaddedDispatcher",

@@ -38,6 +38,8 @@ class DispatchPlan:
     """int64, inverse_N[order_N[r]] = r."""
     kept_load_E: Tensor
     """int64, rows per expert; the rows of expert e are [kept_load_E[:e].sum(), kept_load_E[:e+1].sum())."""
+    weights: Tensor
+    """The assignment's, for a back-end that sends them along with the rows; `combine` gets them too."""
 
     def loads_by_rank(self, num_ranks: int) -> Tensor:
         """int64 [num_ranks, e]: rows for each expert of each rank."""
@@ -70,4 +72,5 @@ def make_plan(assignment: Assignment, *, capacity: int | None = None, places: Pl
         order_N=pairs.order_N,
         inverse_N=pairs.inverse_N,
         kept_load_E=pairs.load_E,
+        weights=assignment.weights,
     )

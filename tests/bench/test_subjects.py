@@ -48,13 +48,13 @@ def test_every_backend_brings_rows_there_and_back() -> None:
     from moerouters.bench.dispatch import DispatchCase
 
     rows, skipped = measure(request_of("dispatch"), allocator="default", tell=lambda text: None)
-    assert not skipped
+    assert {each.impl for each in skipped} == {"deepep"}  # which needs GPUs
     there_and_back = {row.impl for row in rows if row.passes == BOTH}
     assert there_and_back == {"copy", "local", "all_gather", "all_to_all", "hierarchical", "padded", "tensor_sliced"}
     assert {row.impl for row in rows if row.passes == PLAN} == {"copy", "moerouters", "argsort"}
     case = DispatchCase(request_of("dispatch"), SHAPE, "combine")
     for name, build in case.builds().items():
-        if name != "copy":
+        if name not in ("copy", "deepep"):
             y_TD = build()()
             assert isinstance(y_TD, torch.Tensor)
             x_TD = torch.randn(SHAPE.T, SHAPE.D, generator=torch.Generator().manual_seed(1))

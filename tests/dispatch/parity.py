@@ -64,6 +64,8 @@ class Case:
     seed: int = 0
     mesh: tuple[int, ...] = ()
     """Dimensions of the group: (nodes, ranks of a node) for hierarchical, (data, expert, model) for mesh3d."""
+    width: int = 6
+    """D."""
 
     @property
     def group_size(self) -> int:
@@ -94,7 +96,7 @@ class Case:
         return slice(member * E // self.group_size, (member + 1) * E // self.group_size)
 
 
-WIDTH, EXPERT_WIDTH = 6, 5
+EXPERT_WIDTH = 5
 
 
 class Threshold(Router):
@@ -146,14 +148,14 @@ def valid(case: Case, member: int) -> Tensor:
 
 def hidden(case: Case, member: int) -> Tensor:
     random = torch.Generator().manual_seed(77 * case.seed + member)
-    x_TD = torch.randn(case.tokens[member], WIDTH, generator=random, dtype=torch.float64)
+    x_TD = torch.randn(case.tokens[member], case.width, generator=random, dtype=torch.float64)
     return x_TD.to(case.dtype).requires_grad_()
 
 
 def pull(case: Case, member: int) -> Tensor:
     """What the output is multiplied with to give the loss: it makes every element's gradient different."""
     random = torch.Generator().manual_seed(99 * case.seed + member)
-    return torch.randn(case.tokens[member], WIDTH, generator=random, dtype=torch.float64)
+    return torch.randn(case.tokens[member], case.width, generator=random, dtype=torch.float64)
 
 
 def layer_of(case: Case) -> MoELayer:
@@ -162,7 +164,7 @@ def layer_of(case: Case) -> MoELayer:
         torch.manual_seed(case.seed)
         layer = MoELayer(
             ROUTERS[case.kind](Gating.softmax(case.num_experts, case.top_k)),
-            hidden_size=WIDTH,
+            hidden_size=case.width,
             expert_size=case.expert_width,
             shared_size=4 if case.shared else 0,
             capacity_factor=case.capacity_factor,

@@ -14,7 +14,7 @@ from moerouters.errors import ConfigError, DispatchError
 from moerouters_loss_controlled.config import LossControlledConfig
 from moerouters_loss_controlled.router import LossControlledRouter
 
-from .parity import WIDTH, Case, forced_ids, group_of, hidden, layer_of, mesh_of, pull
+from .parity import Case, forced_ids, group_of, hidden, layer_of, mesh_of, pull
 
 GROUP = 2
 
@@ -23,7 +23,7 @@ def layer_with_losses(loss_mode: Any, scale: float) -> MoELayer:
     torch.manual_seed(3)
     config = LossControlledConfig(alpha=0.5 * scale, z_alpha=0.1 * scale)
     router = LossControlledRouter(Gating.softmax(8, 2), config)
-    layer = MoELayer(router, hidden_size=WIDTH, expert_size=6, shared_size=4, loss_mode=loss_mode)
+    layer = MoELayer(router, hidden_size=Case.width, expert_size=6, shared_size=4, loss_mode=loss_mode)
     return layer.double()
 
 

@@ -32,7 +32,7 @@ def test_it_is_offered_once_its_plugin_is_in_use() -> None:
     for message in rank_pool().run(jobs.without_naming_it, GOOD, PIGEON):
         assert message == (
             "there is no dispatcher 'pigeon'.\n"
-            "  cause  built in are all_gather, all_to_all, auto, hierarchical, mesh3d, padded, tensor_sliced\n"
+            "  cause  built in are all_gather, all_to_all, auto, deepep, hierarchical, mesh3d, padded, tensor_sliced\n"
             "  fix    choose one of these; a plug-in's is offered once a router of the same plug-in has been named"
         )
 
