@@ -72,6 +72,10 @@ class DispatchError(MoeroutersError, RuntimeError):
     """Tokens could not be exchanged between ranks: one of them died, hangs, or disagrees on what is sent."""
 
 
+class StudyError(MoeroutersError, RuntimeError):
+    """A study cannot go on."""
+
+
 class ScheduleError(MoeroutersError, ValueError):
     """A pipeline schedule cannot run: a task is missing, misplaced, out of order, or waits for ever."""
 

@@ -32,6 +32,7 @@ def study(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads on a CPU. Default: OMP_NUM_THREADS, else all cores.")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Models that train at once, each with its own --threads.")] = 1,
     mesh: Annotated[
         bool, typer.Option("--mesh", help="Under torchrun: time one MoE model over its ranks, and project it further.")
     ] = False,
@@ -58,6 +59,7 @@ def study(
             changes=tuple(changes or ()),
             text=text,
             threads=threads,
+            jobs=jobs,
             device=device,
             output=output,
             resume=resume,

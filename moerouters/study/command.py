@@ -38,6 +38,7 @@ class StudyOptions:
     changes: tuple[str, ...]
     text: Path | None
     threads: int | None
+    jobs: int
     device: str
     output: Path
     resume: bool
@@ -49,7 +50,7 @@ def run_study(options: StudyOptions) -> int:
     require_report_extra()
     plan = plan_of(options)
     device = choose_device(options.device)
-    set_threads(options.threads)
+    set_threads(options.threads, jobs=options.jobs)
     console = make_console(Ranks())
     study = Study(
         plan=plan,
@@ -58,10 +59,11 @@ def run_study(options: StudyOptions) -> int:
         output=options.output,
         resume=options.resume,
         overwrite=options.overwrite,
+        jobs=options.jobs,
     )
     study.check()
     _introduce(console, study)
-    progress = ConsoleProgress(console)
+    progress = ConsoleProgress(console, options.jobs)
     try:
         with StopRequest() as stop, progress:
             results = study.run(progress, stop)
@@ -93,12 +95,13 @@ def plan_of(options: StudyOptions) -> Plan:
         raise ConfigError("the options of the study are wrong.", why="\n".join(field_errors(error))) from error
 
 
-def set_threads(threads: int | None) -> None:
-    """As many as asked for; else what OMP_NUM_THREADS says, else all cores, since that is what training would use."""
+def set_threads(threads: int | None, *, jobs: int = 1) -> None:
+    """As many as asked for; else what OMP_NUM_THREADS says, else all cores, since that is what training would use, or
+    a share of them for each job."""
     if threads is not None:
         torch.set_num_threads(threads)
     elif "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
 
 
 def _plain(value: object) -> object:

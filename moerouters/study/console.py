@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -13,17 +14,19 @@ from rich.table import Table
 from rich.text import Text
 
 from moerouters.lab.console import progress_of_runs
-from moerouters.lab.train import Trainer
 from moerouters.study.answer import answer
 from moerouters.study.results import ModelResult, StudyResults, TrainingRun
 from moerouters.study.study import Pending
 from moerouters.study.table import COLUMNS, cells
+from moerouters.study.training import Progress
 
 
 class TimeLeft:
-    """Seconds until all runs are trained: what sizes were timed at, times how that has held up until now."""
+    """Seconds until all runs are trained, so many at once: what sizes were timed at, times how that has held up until
+    now."""
 
-    def __init__(self, pending: Sequence[Pending]) -> None:
+    def __init__(self, pending: Sequence[Pending], jobs: int = 1) -> None:
+        self._jobs = jobs
         self._seconds = {(model.name, seed): model.settings.steps * model.step_s for model, seed in pending}
         self._expected = 0.0
         self._spent = 0.0
@@ -36,19 +39,27 @@ class TimeLeft:
 
     def __str__(self) -> str:
         pace = self._spent / self._expected if self._expected else 1.0
-        left = sum(self._seconds.values()) * pace
+        longest = max(self._seconds.values(), default=0.0)
+        left = max(sum(self._seconds.values()) / self._jobs, longest) * pace
         return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
+
+
+@dataclass
+class _Running:
+    task: TaskID
+    last: float
+    """When its last step ended, on the monotonic clock."""
 
 
 class ConsoleProgress:
     """A study's listener."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, jobs: int = 1) -> None:
         self._console = console
+        self._jobs = jobs
         self._left = TimeLeft(())
-        self._run: tuple[ModelResult, int] | None = None
-        self._task: TaskID | None = None
-        self._last = 0.0
+        self._models: dict[str, ModelResult] = {}
+        self._running: dict[tuple[str, int], _Running] = {}
         self._progress = progress_of_runs(console)
 
     def __enter__(self) -> ConsoleProgress:
@@ -72,30 +83,31 @@ class ConsoleProgress:
             self._say(f"{model.name}: NO MATCH: {match.why}")
 
     def planned(self, pending: Sequence[Pending]) -> None:
-        self._left = TimeLeft(pending)
+        self._left = TimeLeft(pending, self._jobs)
+        self._models = {model.name: model for model, _ in pending}
         if pending:
             self._say(f"{len(pending)} runs to train, {self._left}")
 
-    def run_started(self, model: ModelResult, seed: int, *, step: int) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        name = f"{model.name}, seed {seed}"
-        self._run, self._last = (model, seed), time.monotonic()
-        self._task = self._progress.add_task(name, total=model.settings.steps, completed=step, state="")
-        if step:
-            self._say(f"{name}: resumed at step {step}")
-
-    def stepped(self, trainer: Trainer) -> None:
-        assert self._run is not None and self._task is not None
+    def stepped(self, progress: Progress) -> None:
+        model, run = self._models[progress.model], (progress.model, progress.seed)
         now = time.monotonic()
-        model, seed = self._run
-        left = model.settings.steps - trainer.step
-        self._left.stepped(model, seed, steps_left=left, seconds=now - self._last)
-        self._last = now
-        state = f"loss {float(trainer.history.train_loss[-1]):.3f}  {self._left}"
-        self._progress.update(self._task, completed=trainer.step, state=state)
+        if run not in self._running:
+            name = f"{progress.model}, seed {progress.seed}"
+            task = self._progress.add_task(name, total=model.settings.steps, completed=progress.step, state="")
+            self._running[run] = _Running(task, now)
+            if progress.step:
+                self._say(f"{name}: resumed at step {progress.step}")
+            return
+        running = self._running[run]
+        left = model.settings.steps - progress.step
+        self._left.stepped(model, progress.seed, steps_left=left, seconds=now - running.last)
+        running.last = now
+        self._progress.update(running.task, completed=progress.step, state=f"loss {progress.loss:.3f}  {self._left}")
 
     def run_ended(self, run: TrainingRun) -> None:
+        running = self._running.pop((run.model, run.seed), None)
+        if running is not None:
+            self._progress.remove_task(running.task)
         name = f"{run.model}, seed {run.seed}"
         if run.perplexity is None:
             self._say(f"{name}: {run.status} after step {run.steps}" + (f"\n{run.error}" if run.error else ""))

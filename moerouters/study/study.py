@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,8 @@ from moerouters.study.matching import Match, Search
 from moerouters.study.plan import ModelSpec, Plan
 from moerouters.study.results import ModelResult, Step, StudyResults, TrainingRun, require_same
 from moerouters.study.timing import time_steps
-from moerouters.study.training import Training
+from moerouters.study.training import Progress, Training
+from moerouters.study.workers import side_by_side
 
 Pending = tuple[ModelResult, int]
 """A model and a seed that are still to be trained."""
@@ -44,11 +45,8 @@ class Listener(Protocol):
     def planned(self, pending: Sequence[Pending]) -> None:
         """All sizes stand, and these runs are to come."""
 
-    def run_started(self, model: ModelResult, seed: int, *, step: int) -> None:
-        """A run begins, at a step other than 0 where it is resumed."""
-
-    def stepped(self, trainer: Trainer) -> None:
-        """The run has finished one more step."""
+    def stepped(self, progress: Progress) -> None:
+        """A run begins, at a step other than 0 where it is resumed; or it has finished one more step."""
 
     def run_ended(self, run: TrainingRun) -> None:
         """A run is over, whatever its status."""
@@ -67,11 +65,20 @@ class Study:
     output: Path
     resume: bool = False
     overwrite: bool = False
+    jobs: int = 1
+    """Runs that train at once, each in a process of its own. Everything that is timed is timed alone."""
 
     def check(self) -> None:
         """Raise for whatever would stop the study after it has begun."""
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other.", fix="pick one")
+        if self.jobs > 1 and self.device.type != "cpu":
+            raise ConfigError(
+                f"--jobs {self.jobs} is for CPUs.",
+                where=f"--device {self.device}",
+                why="several processes on one device take its memory from each other, and are no faster",
+                fix="leave out --jobs",
+            )
         for spec in self.plan.models:
             self.corpus.require(Contender.of(self.plan, spec).settings.sequence_length)
         require_writable(self.output)
@@ -194,18 +201,30 @@ class Study:
             if seed not in results.runs_of(model.name)
         ]
         listener.planned(pending)
-        for model, seed in pending:
-            training = self._training(model, seed)
-            training.resume()
-            listener.run_started(model, seed, step=training.trainer.step)
-            run = training.run(stepped=listener.stepped, stopped=lambda: stop.signal is not None)
+        for run in self._runs(pending, listener.stepped, lambda: stop.signal is not None):
             results = self._kept(results.with_run(run))
             listener.run_ended(run)
-            del training
-            gc.collect()
-            if run.status == "interrupted":
-                break
         return results
+
+    def _runs(
+        self, pending: Sequence[Pending], stepped: Callable[[Progress], None], stopped: Callable[[], bool]
+    ) -> Iterator[TrainingRun]:
+        """In turn, or several at once; after a stop no others begin."""
+        if self.jobs > 1:
+            yield from side_by_side(self.train, pending, processes=self.jobs, stepped=stepped, stopped=stopped)
+            return
+        for each in pending:
+            if stopped():
+                return
+            yield self.train(each, stepped, stopped)
+
+    def train(self, run: Pending, stepped: Callable[[Progress], None], stopped: Callable[[], bool]) -> TrainingRun:
+        """One run, from its checkpoint if it has one."""
+        training = self._training(*run)
+        training.resume()
+        stepped(training.progress)
+        with deterministic():
+            return training.run(stepped=stepped, stopped=stopped)
 
     def _measure(self, results: StudyResults, listener: Listener, stop: StopRequest) -> StudyResults:
         """Steps in turn, their anatomy, and inference; of the models as the first seed trained them."""

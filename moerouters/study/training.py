@@ -19,8 +19,16 @@ from moerouters.metrics import RunBalance
 from moerouters.study.contender import Contender
 from moerouters.study.results import TrainingRun
 
-Stepped = Callable[[Trainer], None]
-"""Told after every step."""
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a run, after a step."""
+
+    model: str
+    seed: int
+    step: int
+    loss: float
+    """Of the last training batch, nats per byte."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,20 @@ class Training:
         self.trainer.load_state(load_checkpoint(self._final, identity=self._identity(), device=self.trainer.device))
         return True
 
-    def run(self, *, stepped: Stepped, stopped: Callable[[], bool]) -> TrainingRun:
-        """Train to the end. A run that raises is a result too; one that is stopped leaves a checkpoint."""
+    @property
+    def progress(self) -> Progress:
+        trainer = self.trainer
+        losses = trainer.history.train_loss
+        return Progress(
+            model=self.contender.spec.name,
+            seed=trainer.seed,
+            step=trainer.step,
+            loss=float(losses[-1]) if len(losses) else math.nan,
+        )
+
+    def run(self, *, stepped: Callable[[Progress], None], stopped: Callable[[], bool]) -> TrainingRun:
+        """Train to the end, and tell progress after every step. A run that raises is a result too; one that is stopped
+        leaves a checkpoint."""
         trainer = self.trainer
         try:
             while trainer.step < trainer.settings.steps:
@@ -74,7 +94,7 @@ class Training:
                     self._save(self._checkpoint)
                     return self._result("interrupted")
                 trainer.train_step()
-                stepped(trainer)
+                stepped(self.progress)
                 if trainer.step % trainer.settings.checkpoint_every == 0:
                     self._save(self._checkpoint)
             loss = trainer.validation_loss()

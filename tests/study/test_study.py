@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moerouters.bench.timing import Ratio
-from moerouters.errors import ConfigError
+from moerouters.errors import ConfigError, StudyError
 from moerouters.lab.interrupt import StopRequest
 from moerouters.lab.train import Trainer
 from moerouters.study import study as job
@@ -19,6 +22,8 @@ from moerouters.study.plan import Plan
 from moerouters.study.report import write_report
 from moerouters.study.results import ModelResult, StudyResults, TrainingRun
 from moerouters.study.study import Study
+from moerouters.study.training import Progress
+from moerouters.study.workers import side_by_side
 from support.lab import small_corpus
 from support.study import CPU, PLAN, SHARED, model, written
 
@@ -26,9 +31,9 @@ from support.study import CPU, PLAN, SHARED, model, written
 class Watcher:
     """Remembers what it is told, and may act at a step."""
 
-    def __init__(self, at_step: Callable[[Trainer], None] = lambda trainer: None) -> None:
+    def __init__(self, at_step: Callable[[Progress], None] = lambda progress: None) -> None:
         self.told: list[Any] = []
-        self.stepped = at_step
+        self._at_step = at_step
 
     def sized(self, model: ModelResult) -> None:
         self.told.append(("sized", model.name))
@@ -36,8 +41,10 @@ class Watcher:
     def planned(self, pending: Any) -> None:
         self.told.append(("planned", [(model.name, seed) for model, seed in pending]))
 
-    def run_started(self, model: ModelResult, seed: int, *, step: int) -> None:
-        self.told.append(("started", model.name, seed, step))
+    def stepped(self, progress: Progress) -> None:
+        if not any(each[:3] == ("began", progress.model, progress.seed) for each in self.told):
+            self.told.append(("began", progress.model, progress.seed, progress.step))
+        self._at_step(progress)
 
     def run_ended(self, run: TrainingRun) -> None:
         self.told.append(("ended", run.model, run.status))
@@ -131,8 +138,8 @@ def test_stopped_and_resumed_it_trains_the_same_models(
     monkeypatch.setattr(job, "dissected", lambda trainer: (None, "not now"))
     stop = StopRequest()
 
-    def press(trainer: Trainer) -> None:
-        if trainer.handle is not None and trainer.step == 2:
+    def press(progress: Progress) -> None:
+        if (progress.model, progress.step) == ("topk", 2):
             stop.signal = 2
 
     first = study(tmp_path)
@@ -144,10 +151,53 @@ def test_stopped_and_resumed_it_trains_the_same_models(
         study(tmp_path).check()
     watcher = Watcher()
     resumed = study(tmp_path, resume=True).run(watcher, StopRequest())
-    assert ("started", "topk", 0, 2) in watcher.told
+    assert ("began", "topk", 0, 2) in watcher.told
     assert resumed.status == "completed"
     for name in ("dense", "topk"):
         assert resumed.runs_of(name)[0].perplexity == found.runs_of(name)[0].perplexity
+
+
+@pytest.mark.slow
+def test_side_by_side_it_trains_the_same_models(
+    whole: tuple[Path, StudyResults, Watcher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped once: what a process was at is gone on with from its checkpoint."""
+    _, found, _ = whole
+    monkeypatch.setattr(job.Study, "_measure", lambda study, results, listener, stop: results)
+    found.model_copy(update={"runs": (), "status": "interrupted"}).save(tmp_path / "out")
+    stop, told = StopRequest(), set()
+
+    def press(progress: Progress) -> None:
+        told.add(progress.model)
+        if len(told) == 2:
+            stop.signal = 2
+
+    halted = study(tmp_path, resume=True, jobs=2).run(Watcher(press), stop)
+    assert halted.status == "interrupted" and told == {"dense", "topk"}
+    assert len(halted.runs) == 2
+    watcher = Watcher()
+    ended = study(tmp_path, resume=True, jobs=2).run(watcher, StopRequest())
+    assert ended.status == "completed"
+    for run in halted.runs:
+        if run.status == "interrupted":
+            assert ("began", run.model, 0, run.steps) in watcher.told
+    for name in ("dense", "topk"):
+        assert ended.runs_of(name)[0].perplexity == found.runs_of(name)[0].perplexity
+
+
+def _dies(job: int, report: Any, stopped: Any) -> TrainingRun:
+    os._exit(3)
+
+
+def test_a_process_that_ends_by_itself_ends_the_study() -> None:
+    with pytest.raises(StudyError, match=r"a process that trained a model has ended by itself(.|\n)*--resume"):
+        list(side_by_side(_dies, [1, 2], processes=1, stepped=lambda told: None, stopped=lambda: False))
+
+
+def test_several_at_once_are_for_cpus(tmp_path: Path) -> None:
+    on_gpu = replace(study(tmp_path, jobs=2), device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="--jobs 2 is for CPUs"):
+        on_gpu.check()
 
 
 def test_a_run_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +218,8 @@ def test_time_left_follows_the_pace() -> None:
     assert str(left) == "about 40 s left"
     left.stepped(row, 0, steps_left=9, seconds=12.0)
     assert str(left) == "about 4 min left"  # 38 s of steps, at a sixth of the speed
+    assert str(TimeLeft([(row, 0), (row, 1), (row, 2)], 2)) == "about 30 s left"
+    assert str(TimeLeft([(row, 0), (row, 1)], 8)) == "about 20 s left"  # of one run
 
 
 def test_damaged_results_are_refused(tmp_path: Path) -> None:
