@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
+
+from moerouters.processes import quick_processes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Processes:
     host = "127.0.0.1"
 
     def start(self, name: str, build: Callable[[], object]) -> Actor:
-        context = multiprocessing.get_context("spawn")
+        context = quick_processes()
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, build), name=name, daemon=True)
         process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moerouters.errors import MoeroutersError
+from moerouters.processes import quick_processes
 
 TIMEOUT_S = 600.0
 """Of everything that the ranks do, their start included."""
@@ -24,7 +24,7 @@ def on_ranks(job: Callable[..., Any], num_ranks: int, *args: Any, device: str = 
 
     Raises MoeroutersError where a rank raises, dies or does not come back.
     """
-    context = multiprocessing.get_context("spawn")
+    context = quick_processes()
     with tempfile.TemporaryDirectory(prefix="moerouters-ranks-") as folder:
         pipes: list[Connection] = []
         processes = []

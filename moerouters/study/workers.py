@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import queue
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from moerouters.errors import StudyError
+from moerouters.processes import quick_processes
 from moerouters.study.results import TrainingRun
 from moerouters.study.training import Progress
 
@@ -36,7 +36,7 @@ def side_by_side(
     Where `stopped` says so, those that have begun end at their next step and leave a checkpoint, and no others begin.
     Raises StudyError where a process ends by itself; a run that raises is a result.
     """
-    context = mp.get_context("spawn")
+    context = quick_processes()
     with context.Manager() as manager:
         told, stop = manager.Queue(), manager.Event()
         settings = train, told, stop, torch.get_num_threads()

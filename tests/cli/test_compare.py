@@ -264,6 +264,7 @@ def torchrun(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_train_the_same_model_as_one_process(text: Path, tmp_path: Path) -> None:
     """And a router whose state differs between the ranks is found out."""
     options = ["compare", "--text", str(text), "--device", "cpu", *arguments()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from moerouters.dispatch import diagnosis
 from moerouters.dispatch.diagnosis import ranks_text, whereabouts
+from moerouters.processes import quick_processes
 from moerouters_conformance.pool import rank_pool
 
 from . import failure_jobs as jobs
@@ -61,9 +61,8 @@ class End:
 
 @pytest.fixture(scope="module")
 def ends() -> Iterator[dict[tuple[str, str], list[End]]]:
-    """All jobs at once: they mostly wait. A server that has imported everything forks their ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "moerouters.sharding", "moerouters.dispatch.eager", "moerouters.builtin"])
+    """All jobs at once: they mostly wait."""
+    context = quick_processes()
     names = [("all_to_all", fault) for fault in FAULTS] + OTHERS
     with tempfile.TemporaryDirectory() as folder:
         processes = {}

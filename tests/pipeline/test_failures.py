@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moerouters.dispatch import diagnosis
+from moerouters.processes import quick_processes
 from support import pipeline_failure_jobs as jobs
 
 pytestmark = pytest.mark.dist
@@ -31,9 +31,8 @@ PATIENCE_S = 200
 
 @pytest.fixture(scope="module")
 def ends() -> Iterator[dict[tuple[str, int], tuple[int | None, str]]]:
-    """(exit code, what it said) by fault and rank. All at once, forked by a server that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "moerouters.pipeline.runtime", "support.pipeline_failure_jobs"])
+    """(exit code, what it said) by fault and rank. All at once."""
+    context = quick_processes()
     with tempfile.TemporaryDirectory() as folder:
         processes = {}
         for fault in FAULTS:

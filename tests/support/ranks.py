@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moerouters.processes import quick_processes
+
 
 def on_ranks(function: Callable[[int], Any], world_size: int = 2) -> list[Any]:
     """[function(rank) for every rank], each in a process of its own; `function` lives in an importable module."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank_main, args=(function, world_size, folder), nprocs=world_size)
+        method = quick_processes().get_start_method()
+        mp.start_processes(_rank_main, args=(function, world_size, folder), nprocs=world_size, start_method=method)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

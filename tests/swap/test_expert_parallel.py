@@ -63,6 +63,13 @@ CALLS = [
 ]
 
 
+def slow_or_not(run: Run) -> Any:
+    """Each way to run is tried fast, and with one router."""
+    others = run.model == "qwen" and run.router in ("topk", "bip") and (run.tp, run.ep) == (4, 4)
+    deepseek = run.model == "deepseek" and run.router != "loss-free"
+    return pytest.param(run, id=str(run), marks=[pytest.mark.slow] if others or deepseek else [])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def ranks_of_our_own() -> Iterator[None]:
     """transformers makes new process groups for every model. Their threads, which wake a hundred times a second for as
@@ -85,10 +92,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: str) -> dict[Run, list[dict[str, Any]]]:
-    """What every rank found, run by run; a job for each model, since a job has a minute."""
+def ranks(folder: str, request: pytest.FixtureRequest) -> dict[Run, list[dict[str, Any]]]:
+    """What every rank found, of the runs that selected tests ask for; a job for each model: a job has a minute."""
+    asked = {item.callspec.params.get("run") for item in request.session.items if hasattr(item, "callspec")}
     found = {}
-    for _, group in groupby(sorted(RUNS, key=lambda run: run.model), key=lambda run: run.model):
+    wanted = [run for run in RUNS if run in asked]
+    for _, group in groupby(sorted(wanted, key=lambda run: run.model), key=lambda run: run.model):
         runs = list(group)
         answers = rank_pool().run(jobs.steps, runs, folder)
         found |= {run: [answer[run] for answer in answers] for run in runs}
@@ -110,7 +119,7 @@ def expect_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], lim
 
 
 @needs_interface
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", [slow_or_not(run) for run in RUNS])
 def test_a_step_is_that_of_one_process(run: Run, ranks: dict[Run, list[dict[str, Any]]], folder: str) -> None:
     expected = jobs.in_one_process(run, folder)
     layers = 2 if run.model == "qwen" else 1  # DeepSeek-V3 starts with a dense one
@@ -128,7 +137,7 @@ def test_a_step_is_that_of_one_process(run: Run, ranks: dict[Run, list[dict[str,
 
 
 @needs_interface
-@pytest.mark.parametrize("run", [run for run in RUNS if run.router], ids=str)
+@pytest.mark.parametrize("run", [slow_or_not(run) for run in RUNS if run.router])
 def test_ranks_learn_what_one_process_learns(run: Run, ranks: dict[Run, list[dict[str, Any]]], folder: str) -> None:
     expected = jobs.in_one_process(run, folder)
     assert bool(expected["learned"]) == (run.router != "topk" or run.model == "deepseek")

@@ -1,13 +1,12 @@
-"""A pool of gloo ranks that lives as long as this process: one start of four interpreters for all distributed checks.
+"""A pool of gloo ranks that lives as long as this process: one start of four processes for all distributed checks.
 
-Starting four ranks costs 5 to 10 s on two cores (four imports of torch); a case then costs milliseconds. Cases travel
-as small picklable descriptions, and every rank makes its own shard of them.
+A case then costs milliseconds. Cases travel as small picklable descriptions, and every rank makes its own shard of
+them.
 """
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,20 +15,21 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
+from moerouters.processes import quick_processes
 from moerouters_conformance.violation import Violation
 
 WORLD_SIZE = 4
 TIMEOUT_S = 60.0
 """For one job on all ranks; they take well under a second, so whatever needs longer hangs."""
 START_S = 180.0
-"""More for the first job, which waits for the interpreters to start: 10 s on two idle cores."""
+"""More for the first job, which waits for the processes to start: without a fork server 10 s on two idle cores."""
 
 
 class RankPool:
     """`WORLD_SIZE` processes with a gloo group over all of them."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = quick_processes()
         self._folder = tempfile.TemporaryDirectory(prefix="moerouters-ranks-")
         self._started = False
         self._pipes: list[Connection] = []
