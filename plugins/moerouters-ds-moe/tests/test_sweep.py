@@ -12,10 +12,13 @@ import moerouters
 from moerouters import Gating, MoELayer
 from moerouters.errors import ConfigError
 from moerouters.lab.corpus import from_path
+from moerouters.lab.roster import named_roster
+from moerouters.lab.train import Trainer
 from moerouters_ds_moe import Curve, Point, Rule, sweep
 from moerouters_ds_moe.__main__ import main
 from moerouters_ds_moe.curves import default_rules
 from moerouters_ds_moe.modes import routers_of
+from moerouters_ds_moe.peers import TOKENS, Peer, against, width_of
 from moerouters_ds_moe.study import Study, run_study, settings_of
 
 ROOT = Path(__file__).parents[3]
@@ -106,7 +109,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "text" / f"{number}.txt").write_text(", ".join(words), encoding="utf-8")
     changes = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
     target = folder / "study.json"
-    assert main(["sweep", str(target), "--alpha", "0,0.1", "--text", str(folder / "text"), *changes]) == 0
+    options = ["--alpha", "0,0.1", "--peers", "4,32", "--text", str(folder / "text"), *changes]
+    assert main(["sweep", str(target), *options]) == 0
     return target
 
 
@@ -117,6 +121,42 @@ def test_a_study_trains_a_model_per_alpha(study: Path, capsys: pytest.CaptureFix
     corpus = from_path(study.parent / "text")
     again = run_study(settings_of("tiny", TINY), ["0.1"], corpus, rules=[Rule(inference="threshold", eps=0.48)])
     assert again.curves["0.1"].dense_loss == found.curves["0.1"].dense_loss
+
+
+def test_a_study_trains_dense_peers(study: Path) -> None:
+    found = Study.load(study)
+    assert [peer.width for peer in found.peers] == [4, 32]
+    losses = [peer.loss for peer in found.peers]
+    assert losses[0] != losses[1] and set(found.against) <= {"0", "0.1"}
+    for alpha, timed in found.against.items():
+        assert 4 <= timed.width <= 32 and min(losses) <= timed.loss <= max(losses)
+        best = found.curves[alpha].best_within(0.4)
+        assert best is not None and timed.rule == best.rule
+
+
+def test_layers_are_timed_against_the_mlps_of_an_equally_good_model(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words, again and again. " * 400, encoding="utf-8")
+    (tmp_path / "more.txt").write_text("other words, and again these. " * 400, encoding="utf-8")
+    settings = settings_of("tiny", TINY)
+    (entrant,) = named_roster("ds-moe", settings)
+    trainer = Trainer(entrant, seed=0, settings=settings, corpus=from_path(tmp_path), device=torch.device("cpu"))
+    rules = [Rule(inference="top_k", top_k=1)]
+    curve = sweep(trainer.model, lambda _: trainer.validation_loss(), rules)
+    loss, share = curve.points[0].loss, curve.part(curve.points[0])
+    peers = [Peer(width=8, loss=loss + 0.1), Peer(width=32, loss=loss - 0.1)]
+    found = against(trainer, curve, peers, share=share, rounds=5)
+    assert found is not None
+    assert (found.rule, found.width, found.tokens) == (rules[0], 16, TOKENS)
+    assert found.layers_ms.value > 0 and found.over_mlps.value > 0 and found.over_every_expert.value > 0
+    assert against(trainer, curve, peers, share=share / 2) is None
+    assert against(trainer, curve, peers[:1], share=share) is None
+
+
+def test_the_width_of_an_equally_good_model() -> None:
+    peers = [Peer(width=64, loss=1.0), Peer(width=16, loss=2.0), Peer(width=256, loss=0.9)]
+    assert width_of(1.5, peers) == 32
+    assert width_of(2.0, peers) == 16 and width_of(0.9, peers) == 256
+    assert width_of(2.1, peers) is None and width_of(0.8, peers) is None
 
 
 def test_a_study_is_drawn(study: Path) -> None:

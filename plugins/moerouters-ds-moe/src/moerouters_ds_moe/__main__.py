@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep.add_argument("--alpha", default="0,0.00063,0.01", help="coefficients of the loss, one model each")
     sweep.add_argument("--preset", default="tiny", help="of `moerouters compare`")
     sweep.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the preset")
+    sweep.add_argument(
+        "--peers", type=_widths, default=(), metavar="WIDTHS", help="of dense models to time layers against"
+    )
     sweep.add_argument("--seed", type=int, default=0)
     sweep.add_argument("--text", type=Path, default=None, help="text to train on; else the standard library")
     sweep.set_defaults(run=_sweep)
@@ -35,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(int(width) for width in text.split(","))
+
+
 def _sweep(options: argparse.Namespace) -> None:
     from moerouters.lab.corpus import from_path, standard_library
     from moerouters.lab.files import require_writable
@@ -46,7 +53,7 @@ def _sweep(options: argparse.Namespace) -> None:
     require_writable(options.output.parent)
     set_threads()
     corpus = standard_library() if options.text is None else from_path(options.text)
-    study = run_study(settings, options.alpha.split(","), corpus, seed=options.seed, told=print)
+    study = run_study(settings, options.alpha.split(","), corpus, seed=options.seed, peers=options.peers, told=print)
     study.save(options.output)
 
 

@@ -26,6 +26,7 @@ from moerouters.lab.settings import Settings
 from moerouters.lab.train import Trainer
 from moerouters_ds_moe.curves import Curve, Rule, sweep
 from moerouters_ds_moe.modes import train_dense
+from moerouters_ds_moe.peers import Against, Peer, against, train_peer
 
 CHANGES: Mapping[str, Any] = {
     "num_experts": 32,
@@ -48,6 +49,10 @@ class Study(BaseModel):
     environment: Environment
     curves: dict[str, Curve]
     """By alpha, as it was written."""
+    peers: tuple[Peer, ...] = ()
+    """Dense models, if some were asked for."""
+    against: dict[str, Against] = {}
+    """By alpha: the layers' time against the MLPs of a dense model with the same loss, where the peers reach it."""
 
     @classmethod
     def load(cls, path: Path) -> Study:
@@ -76,12 +81,17 @@ def run_study(
     *,
     seed: int = 0,
     rules: Sequence[Rule] | None = None,
+    peers: Sequence[int] = (),
     told: Callable[[str], None] = lambda line: None,
 ) -> Study:
-    """Train a model per alpha, on the CPU, and sweep it. told: gets a line now and then."""
+    """Train a model per alpha, on the CPU, and sweep it; peers: and a dense model for each of these widths, whose MLPs
+    its layers are timed against. told: gets a line now and then."""
     corpus.require(settings.sequence_length)
-    curves = {}
+    curves, timed, dense = {}, {}, []
     with deterministic():
+        for width in peers:
+            dense.append(train_peer(settings, width, corpus, seed=seed))
+            told(f"dense, {width} wide: loss {dense[-1].loss:.4f}")
         for alpha in alphas:
             (entrant,) = named_roster(f"ds-moe:alpha={alpha}", settings)
             trainer = Trainer(entrant, seed=seed, settings=settings, corpus=corpus, device=torch.device("cpu"))
@@ -92,8 +102,23 @@ def run_study(
                     told(f"alpha={alpha}, step {trainer.step}: loss {float(trainer.history.train_loss[-1]):.3f}")
             curves[alpha] = _swept(trainer, rules)
             told(summary_of(alpha, curves[alpha]))
+            found = against(trainer, curves[alpha], dense)
+            if found is not None:
+                timed[alpha] = found
+                told(
+                    f"alpha={alpha}: as good as a dense model of width {found.width}, whose MLPs take "
+                    f"{1 / found.over_mlps.value:.2f} of its layers' time"
+                )
     where = environment(torch.device("cpu"), settings, Ranks())
-    return Study(settings=settings, seed=seed, corpus=corpus.info, environment=where, curves=curves)
+    return Study(
+        settings=settings,
+        seed=seed,
+        corpus=corpus.info,
+        environment=where,
+        curves=curves,
+        peers=tuple(dense),
+        against=timed,
+    )
 
 
 def _swept(trainer: Trainer, rules: Sequence[Rule] | None) -> Curve:
