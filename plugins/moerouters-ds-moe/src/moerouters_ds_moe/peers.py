@@ -47,7 +47,10 @@ class Against(_Record):
     part: float
     """Of all parameters, active."""
     width: int
-    """Of the MLP that a dense model with this loss has, by interpolation between peers."""
+    """Of the MLP that a dense model with this loss has, by interpolation between peers; the best peer's, where none is
+    as good."""
+    best_peer: float
+    """Its loss."""
     tokens: int
     layers_ms: Ratio
     """Of all layers of the model, one after the other, with gate and routing."""
@@ -66,20 +69,22 @@ def train_peer(settings: Settings, width: int, corpus: Corpus, *, seed: int) -> 
 
 
 def width_of(loss: float, peers: Sequence[Peer]) -> int | None:
-    """On straight lines between neighbours, in the logarithm of the width; None outside of the peers' losses."""
+    """The narrowest, on straight lines between neighbours in the logarithm of the width. Where no peer is as good: that
+    of the best one. None where all are better."""
     ordered = sorted(peers, key=lambda peer: peer.width)
     for one, two in pairwise(ordered):
         if min(one.loss, two.loss) <= loss <= max(one.loss, two.loss) and one.loss != two.loss:
             share = (loss - one.loss) / (two.loss - one.loss)
             return round(math.exp(math.log(one.width) + share * math.log(two.width / one.width)))
-    return None
+    best = min(peers, key=lambda peer: peer.loss, default=None)
+    return best.width if best is not None and loss < best.loss else None
 
 
 def against(
     trainer: Trainer, curve: Curve, peers: Sequence[Peer], *, share: float = 0.4, rounds: int = 31
 ) -> Against | None:
     """Time the layers of a trained model under the best rule within this share of its parameters, on hidden states of
-    held-out text. None where no rule is within it, or no peer is as good or as bad."""
+    held-out text. None where no rule is within it, or every peer is better."""
     point = curve.best_within(share)
     width = None if point is None else width_of(point.loss, peers)
     if point is None or width is None:
@@ -106,6 +111,7 @@ def against(
         loss=point.loss,
         part=curve.part(point),
         width=width,
+        best_peer=min(peer.loss for peer in peers),
         tokens=len(states[0]),
         layers_ms=median_of([1e3 * seconds for seconds in taken["layers"]]),
         over_mlps=ratio_of(taken["layers"], taken["mlps"]),

@@ -29,12 +29,15 @@ from moerouters_ds_moe.modes import train_dense
 from moerouters_ds_moe.peers import Against, Peer, against, train_peer
 
 CHANGES: Mapping[str, Any] = {
-    "num_experts": 32,
-    "expert_size": 32,
+    "num_experts": 16,
+    "expert_size": 64,
     "renormalize": False,
+    "scale": 4.0,
     "validation_sequences": 128,
 }
-"""What differs from the preset: many narrow experts and plain weights, as in the paper."""
+"""What differs from the preset: plain weights, as in the paper, but with a factor: experts that have a small part of
+the output each learn slowly at first. 32 experts of width 32 reach a loss of 1.744 without one (240 steps, alpha 0.01),
+of 1.657 with 4, of 1.668 with 16."""
 
 
 class Study(BaseModel):
@@ -105,10 +108,7 @@ def run_study(
             found = against(trainer, curves[alpha], dense)
             if found is not None:
                 timed[alpha] = found
-                told(
-                    f"alpha={alpha}: as good as a dense model of width {found.width}, whose MLPs take "
-                    f"{1 / found.over_mlps.value:.2f} of its layers' time"
-                )
+                told(against_text(alpha, found))
     where = environment(torch.device("cpu"), settings, Ranks())
     return Study(
         settings=settings,
@@ -123,6 +123,13 @@ def run_study(
 
 def _swept(trainer: Trainer, rules: Sequence[Rule] | None) -> Curve:
     return sweep(trainer.model, lambda _: trainer.validation_loss(), rules)
+
+
+def against_text(alpha: str, found: Against) -> str:
+    """One line: the dense model that it is as good as, and how long its layers take."""
+    better = found.loss < found.best_peer
+    as_good = "better than the best dense model, of width" if better else "as good as a dense model of width"
+    return f"alpha={alpha}: {as_good} {found.width}, whose MLPs' time its layers take {found.over_mlps.value:.2f} times"
 
 
 def summary_of(alpha: str, curve: Curve, *, share: float = 0.4) -> str:

@@ -1,6 +1,5 @@
-"""One of two ranks: `python two_ranks.py RANK STORE [compiled]`. Exits with 0 if every assertion holds."""
+"""What each of the two ranks of test_ranks.py does: it raises unless every assertion holds."""
 
-import sys
 from datetime import timedelta
 
 import torch
@@ -58,7 +57,8 @@ def trained(x_TD: torch.Tensor, config: DsMoeConfig, *, checkpointed: bool) -> d
     return found | {"state": layer.router.passing_share.clone()}
 
 
-def main(rank: int, store: str, *, compiled: bool) -> None:
+def main(rank: int, store: str, compiled: bool) -> None:
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
     logits_TE = torch.randn(20, E, generator=generator, dtype=torch.float64)
     x_TD = torch.randn(20, D, generator=generator, dtype=torch.float64)
@@ -77,8 +77,3 @@ def main(rank: int, store: str, *, compiled: bool) -> None:
             torch.testing.assert_close(2 * found[name], alone[name])
         assert torch.equal(found["state"], alone["state"]), f"{found['state']}, one process: {alone['state']}"
     assert all(torch.equal(both[0][name], both[1][name]) for name in alone)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), sys.argv[2], compiled=sys.argv[3:] == ["compiled"])

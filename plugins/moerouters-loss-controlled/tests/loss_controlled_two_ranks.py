@@ -1,6 +1,5 @@
-"""One of two ranks: `python two_ranks.py RANK STORE`. Exits with 0 if every assertion holds."""
+"""What each of the two ranks of test_ranks.py does: it raises unless every assertion holds."""
 
-import sys
 from datetime import timedelta
 
 import torch
@@ -66,6 +65,7 @@ def check_all_reduce(rank: int, logits_TE: torch.Tensor) -> None:
 
 
 def main(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
     whole = [torch.randn(20, D, generator=generator) for _ in range(3)]
     logits_TE = torch.randn(20, E, generator=generator, dtype=torch.float64)
@@ -80,8 +80,3 @@ def main(rank: int, store: str) -> None:
     alone_E = train(whole)
     assert alone_E.unique().numel() > 1
     assert torch.equal(own_E, alone_E), f"two ranks: {own_E}, one process: {alone_E}"
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), sys.argv[2])
