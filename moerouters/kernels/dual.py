@@ -12,6 +12,7 @@ two experts. So it falls short, and steps after the first go further (`overshoot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from moerouters.kernels.launch import triton_serves
 from moerouters.kernels.order_statistic import AT_ONCE, LOWEST, falling_in_place
 from moerouters.kernels.overshoot import FURTHER, overshoot
 from moerouters.kernels.selection_network import token_cutoffs, work_size
+from moerouters.kernels.threads import share_out
 from moerouters.kernels.workspace import borrowed
 
 Array = npt.NDArray[Any]
@@ -117,13 +119,14 @@ def _dual_update_numpy(
     q_E = dual_E.numpy().copy()
     at_once = min(E, max(1, AT_ONCE // max(T, 1)))
     kind = q_E.dtype.type
-    shapes = [((E, T), scores_TE.dtype), ((at_once, T), scores_TE.dtype), ((work_size(E, T, top_k),), scores_TE.dtype)]
+    threads, dtype = torch.get_num_threads(), scores_TE.dtype
+    shapes = [((E, T), dtype), ((threads, at_once, T), dtype), ((threads, work_size(E, T, top_k, threads)), dtype)]
     # Huge scores overflow to infinity as they do in torch.
     with borrowed(shapes) as buffers, np.errstate(all="ignore"):
         buffers[0].copy_(scores_TE.t())
         s_ET, bids, work = (buffer.numpy() for buffer in buffers)
         for n in range(iterations):
-            upper_T, lower_T = token_cutoffs(s_ET, q_E, top_k, work)
+            upper_T, lower_T = token_cutoffs(s_ET, q_E, top_k, list(work))
             counted_T = lower_T > LOWEST
             if not counted_T.all():  # they stay away: how many scores of a token are -inf does not depend on q
                 s_ET, upper_T, lower_T = s_ET[:, counted_T], upper_T[counted_T], lower_T[counted_T]
@@ -150,16 +153,23 @@ def _dual_update_numpy(
 def _bids_at(
     s_ET: Array, p_T: Array, place: int, count: int, bids: Array, *, above_E: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """`falling_in_place` of s - p, as many experts at a time as `bids` has rows, and how many exceed above_E."""
+    """`falling_in_place` of s - p, and how many exceed above_E. bids: of each thread, as many rows as it takes experts
+    at a time."""
     E, T = s_ET.shape
-    step = len(bids)
+    free, step = list(bids), bids.shape[1]
     found, any_E, exceeding_E = np.empty((count, E), s_ET.dtype), np.empty(E, bool), np.zeros(E, np.int64)
-    for first in range(0, E, step):
-        some = slice(first, min(first + step, E))
-        some_bids = bids[: some.stop - first, :T]
-        np.subtract(s_ET[some], p_T, out=some_bids)
-        if above_E is not None:  # row by row: counting along an axis takes twice as long
-            rows = zip(some_bids, above_E[some], strict=True)
-            exceeding_E[some] = [np.count_nonzero(row > above) for row, above in rows]
-        found[:, some], any_E[some] = falling_in_place(some_bids, place, count)
+
+    @np.errstate(all="ignore")  # holds for one thread
+    def run(firsts: Sequence[int]) -> None:
+        mine = free.pop()
+        for first in firsts:
+            some = slice(first, min(first + step, E))
+            some_bids = mine[: some.stop - first, :T]
+            np.subtract(s_ET[some], p_T, out=some_bids)
+            if above_E is not None:  # row by row: counting along an axis takes twice as long
+                rows = zip(some_bids, above_E[some], strict=True)
+                exceeding_E[some] = [np.count_nonzero(row > above) for row, above in rows]
+            found[:, some], any_E[some] = falling_in_place(some_bids, place, count)
+
+    share_out(run, range(0, E, step))
     return found, any_E, exceeding_E

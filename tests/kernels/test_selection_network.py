@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 from moerouters.kernels import selection_network
 from moerouters.kernels.selection_network import token_cutoffs, work_size
 
 
-def cutoffs(scores_ET: np.ndarray, dual_E: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def cutoffs(scores_ET: np.ndarray, dual_E: np.ndarray, top_k: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
     E, T = scores_ET.shape
-    work = np.full(work_size(E, T, top_k), np.nan, scores_ET.dtype)
-    return token_cutoffs(scores_ET, dual_E, top_k, work)
+    work = np.full((threads, work_size(E, T, top_k, threads)), np.nan, scores_ET.dtype)
+    return token_cutoffs(scores_ET, dual_E, top_k, list(work))
 
 
 @pytest.mark.parametrize("num_experts", [2, 3, 5, 8, 15, 16, 17, 31, 33, 60, 64, 72, 130])
@@ -36,6 +37,13 @@ def test_tokens_in_several_blocks(num_experts: int, monkeypatch: pytest.MonkeyPa
     parts = cutoffs(scores_ET, np.zeros(num_experts, np.float32), 3)
     np.testing.assert_array_equal(whole, parts)
     assert whole[0].dtype == np.float32
+    monkeypatch.setattr(selection_network, "SHARED_BLOCK", num_experts * 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        np.testing.assert_array_equal(whole, cutoffs(scores_ET, np.zeros(num_experts, np.float32), 3, threads=2))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

@@ -1,0 +1,72 @@
+"""Parts shared out over threads: all are done, errors come back, and a forked process starts threads of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from moerouters.kernels import dual, selection_network
+from moerouters.kernels.threads import share_out
+from moerouters.kernels.topk import topk_lowest_id
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_every_part_is_done_once(count: int) -> None:
+    done: list[int] = []
+    share_out(done.extend, range(count))
+    assert sorted(done) == list(range(count))
+
+
+def test_several_threads_do_it() -> None:
+    both = threading.Barrier(2, timeout=30)
+    share_out(lambda some: both.wait(), [0, 1])  # would time out in one
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_comes_back_after_all_have_ended(bad: int) -> None:
+    ended: list[int] = []
+
+    def run(some: Sequence[int]) -> None:
+        if bad in some:
+            raise ValueError("no")
+        ended.extend(some)
+
+    with pytest.raises(ValueError, match="no"):
+        share_out(run, [0, 1])
+    assert ended == [1 - bad]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_dual_step_has_the_same_bits_in_several_threads(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection_network, "SHARED_BLOCK", 16 * 200)
+    monkeypatch.setattr(dual, "AT_ONCE", 3 * 1000)
+    scores_TE = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+    scores_TE[::7] = -torch.inf  # tokens that stay away
+    options: Any = {"top_k": 3, "iterations": 4, "centred": centred}
+    found_E = dual.dual_update(scores_TE, torch.zeros(16), **options)
+    assert torch.equal(found_E, dual.dual_update_torch(scores_TE, torch.zeros(16), **options))
+
+
+def _topk(values_TE: torch.Tensor) -> list[int]:
+    torch.set_num_threads(2)
+    return topk_lowest_id(values_TE, 2)[:3].flatten().tolist()
+
+
+def test_a_fork_has_threads_of_its_own() -> None:
+    values_TE = torch.randn(3 * 4096, 64, generator=torch.Generator().manual_seed(0))
+    expected = _topk(values_TE)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_topk, [values_TE]).get(timeout=60) == expected
