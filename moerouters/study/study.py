@@ -223,7 +223,7 @@ class Study:
         training = self._training(*run)
         training.resume()
         stepped(training.progress)
-        with deterministic():
+        with deterministic():  # in a process of its own nobody else sees to it
             return training.run(stepped=stepped, stopped=stopped)
 
     def _measure(self, results: StudyResults, listener: Listener, stop: StopRequest) -> StudyResults:
