@@ -3,7 +3,8 @@
 Weights, inputs and baselines' buffers are made before and do not count. Workspaces that the implementation keeps do:
 each is measured in a process of its own, which has run nothing before, so they are made while we look. Twice, since the
 second run has the workspaces of the first beside it. On a CPU the figures come from torch's profiler, which is told of
-every allocation; what other libraries (MKL, numpy) allocate for themselves is not in them.
+every allocation of the thread that it was started in, so all work is done in that one; where routing shares chunks out
+over n threads it holds n of them. What other libraries (MKL, numpy) allocate for themselves is not in the figures.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def peak_apart(request: Request, index: int, impl: str) -> float | None:
 
 
 def _measure(out: Connection, request: Request, index: int, impl: str) -> None:
-    torch.set_num_threads(request.threads)
+    torch.set_num_threads(1)
     case = list(cases_of(request))[index]
     try:
         out.send(peak_mib(case.builds()[impl](), case.device))

@@ -1,11 +1,14 @@
 """Gating in one operator: score, bias, groups, top-k, weights, renormalise, scale and counts, from logits.
 
 A GPU takes one kernel forward and one backward (`gpu/gating.py`). A CPU goes through the reference a few thousand rows
-at a time: what it writes in between stays in cache, and its bits are those of the reference on all rows.
+at a time, in several threads: what it writes in between stays in cache, and its bits are those of the reference on all
+rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from moerouters.kernels.counts import count_experts
 from moerouters.kernels.gating_rule import Gated, Rule
 from moerouters.kernels.launch import triton_serves
+from moerouters.kernels.threads import share_out
 from moerouters.kernels.topk import topk_lowest_id
 
 CHUNK = 1 << 20
@@ -186,19 +190,25 @@ def _fused(
         return gating_forward(logits_TE, rule, correction_E=correction_E, bias_E=bias_E, valid_T=valid_T, cutoff=cutoff)
     outputs = _empty_outputs(logits_TE, top_k, cutoff)
     weights_TK, expert_ids_TK, cutoff_T, load_E, finite_T = outputs
-    load_E.zero_()
     plain = correction_E is None and bias_E is None and valid_T is None and not cutoff
-    for rows in _chunks(logits_TE):
-        part = _gate_whole(logits_TE[rows], rule) if plain and logits_TE.device.type == "cpu" else None
-        if part is None:
-            part = fused_gating_torch(
-                logits_TE[rows], rule, correction_E=correction_E, bias_E=bias_E,
-                valid_T=None if valid_T is None else valid_T[rows], cutoff=cutoff,
-            )  # fmt: skip
-        weights_TK[rows], expert_ids_TK[rows], finite_T[rows] = part.weights_TK, part.expert_ids_TK, part.finite_T
-        if cutoff:
-            cutoff_T[rows] = part.cutoff_T
-        load_E += part.load_E
+    load_E.zero_()
+    adding = Lock()
+
+    def run(some: Sequence[slice]) -> None:
+        for rows in some:
+            part = _gate_whole(logits_TE[rows], rule) if plain and logits_TE.device.type == "cpu" else None
+            if part is None:
+                part = fused_gating_torch(
+                    logits_TE[rows], rule, correction_E=correction_E, bias_E=bias_E,
+                    valid_T=None if valid_T is None else valid_T[rows], cutoff=cutoff,
+                )  # fmt: skip
+            weights_TK[rows], expert_ids_TK[rows], finite_T[rows] = part.weights_TK, part.expert_ids_TK, part.finite_T
+            if cutoff:
+                cutoff_T[rows] = part.cutoff_T
+            with adding:
+                load_E.add_(part.load_E)
+
+    share_out(run, _chunks(logits_TE))
     return outputs
 
 
@@ -323,11 +333,15 @@ def _fused_backward(
     whole = (
         on_cpu and valid_T is None and bool(finite_T.all()) and not bool((expert_ids_TK == logits_TE.shape[1]).any())
     )
-    for rows in _chunks(logits_TE):
-        grad_logits_TE[rows] = fused_gating_backward_torch(
-            grad_weights_TK[rows], logits_TE[rows], rule, expert_ids_TK=expert_ids_TK[rows], finite_T=finite_T[rows],
-            valid_T=None if valid_T is None else valid_T[rows], whole=whole,
-        )  # fmt: skip
+
+    def run(some: Sequence[slice]) -> None:
+        for rows in some:
+            grad_logits_TE[rows] = fused_gating_backward_torch(
+                grad_weights_TK[rows], logits_TE[rows], rule, expert_ids_TK=expert_ids_TK[rows],
+                finite_T=finite_T[rows], valid_T=None if valid_T is None else valid_T[rows], whole=whole,
+            )  # fmt: skip
+
+    share_out(run, _chunks(logits_TE))
     return grad_logits_TE
 
 

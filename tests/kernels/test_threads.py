@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moerouters.kernels import dual, selection_network
+from moerouters.kernels import dual, gating, selection_network
+from moerouters.kernels.gating_rule import Rule
 from moerouters.kernels.threads import share_out
 from moerouters.kernels.topk import topk_lowest_id
 
@@ -70,3 +71,41 @@ def test_a_fork_has_threads_of_its_own() -> None:
     expected = _topk(values_TE)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(_topk, [values_TE]).get(timeout=60) == expected
+
+
+def test_torch_works_alone_and_without_gradients_in_kept_threads() -> None:
+    seen: list[tuple[bool, int, bool, bool]] = []
+    both = threading.Barrier(2, timeout=30)
+
+    def run(some: Sequence[int]) -> None:
+        both.wait()
+        kept = threading.current_thread() is not threading.main_thread()
+        seen.append((kept, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+
+    share_out(run, [0, 1])
+    with torch.inference_mode():
+        share_out(run, [0, 1])
+    assert seen == [(True, 1, False, False)] * 2 + [(True, 1, False, True)] * 2
+    assert torch.get_num_threads() == 2
+
+
+def test_sharing_within_a_share_does_not_wait_for_itself() -> None:
+    done: list[int] = []
+    share_out(lambda some: [share_out(done.extend, range(n, n + 2)) for n in some], range(0, 40, 2))
+    assert sorted(done) == list(range(40))
+
+
+def test_gating_has_the_same_bits_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gating, "CHUNK", 100 * 16)
+    logits_TE = torch.randn(1050, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    valid_T = torch.arange(1050) % 5 > 0
+    rule = Rule("softmax", 3)
+    cases: list[dict[str, Any]] = [{}, {"bias_E": torch.linspace(-1, 1, 16), "valid_T": valid_T, "cutoff": True}]
+    for options in cases:
+        found = gating.fused_gating(logits_TE, rule, **options)
+        expected = gating.fused_gating_torch(logits_TE, rule, **options)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        grads = [torch.autograd.grad(each.weights_TK.square().sum(), logits_TE)[0] for each in (found, expected)]
+        assert torch.equal(*grads)
+        with torch.inference_mode():
+            assert torch.equal(gating.fused_gating(logits_TE, rule, **options).weights_TK, expected.weights_TK)

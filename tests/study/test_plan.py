@@ -52,7 +52,7 @@ def test_presets_are_whole() -> None:
 
 def test_the_small_study_has_what_it_promises() -> None:
     plan = PRESETS["small"]
-    assert len(plan.seeds) == 3 and sum(spec.router is None for spec in plan.models) == 2
+    assert len(plan.seeds) == 3 and sum(spec.router is None for spec in plan.models) == 3
     routers = {spec.router for spec in plan.models}
     assert routers >= {"topk", "loss-free", "bip", "ds-moe"}
     assert any(spec.shared_experts for spec in plan.models)
