@@ -1,7 +1,7 @@
 """Interleaved timing, and the benchmark of swapped routers at toy size."""
 
+import itertools
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moerouters.bench import swap
-from moerouters.bench.timing import interleaved
+from moerouters.bench import swap, timing
 from moerouters.cli import app
 
 CPU = torch.device("cpu")
@@ -23,20 +22,37 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_ratios_are_to_the_peer() -> None:
-    """A candidate that sleeps three times as long takes three times as long, whatever the machine does beside."""
-    timings = interleaved(
-        {"peer": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.006)}, peer="peer", device=CPU, rounds=5
+def test_ratios_are_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the candidates advance: a busy machine makes sleeps of 2 ms last as long as those of 6."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    waits = itertools.cycle([5, 7, 6])
+    timings = timing.interleaved(
+        {"peer": lambda: clock.advance(2), "slow": lambda: clock.advance(next(waits))},
+        peer="peer",
+        device=CPU,
+        rounds=6,
     )
     assert timings["peer"].ratio == 1.0
-    assert 2.0 < timings["slow"].ratio < 4.0
-    assert timings["slow"].low <= timings["slow"].ratio <= timings["slow"].high
-    assert timings["slow"].median_ms >= 6.0
+    assert timings["slow"] == timing.Timing(median_ms=6e3, ratio=3.0, low=2.5, high=3.5)
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def test_every_candidate_starts_a_round_in_turn() -> None:
     calls: list[str] = []
-    interleaved(
+    timing.interleaved(
         {name: lambda name=name: calls.append(name) for name in "ab"}, peer="a", device=CPU, rounds=4, sample_s=1e-9
     )
     assert calls[-8:] == list("abbaabba")
