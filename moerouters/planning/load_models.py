@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
@@ -135,7 +134,7 @@ def _of_seeds(runs: Sequence[RunResult], folder: Path) -> LoadModel:
     files = [folder / run.history for run in runs if run.history is not None and (folder / run.history).exists()]
     measured = None
     if files:
-        loads_RE = np.concatenate([torch.stack(History.load(file).loads).flatten(0, 1).numpy() for file in files])
+        loads_RE = np.concatenate([History.load(file).loads.stacked().flatten(0, 1).numpy() for file in files])
         measured = loads_RE / np.maximum(loads_RE.sum(axis=1, keepdims=True), 1)
     return LoadModel(runs[0].label, "lognormal", fmean(run.avg_max_vio or 0.0 for run in runs), measured)
 

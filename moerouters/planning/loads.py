@@ -140,7 +140,7 @@ def _of_history(path: Path, steps: int | None) -> LoadHistory:
     loads = History.load(path).loads
     if not loads:
         raise ConfigError(f"'{path}' holds no step.", why="its run ended before the first", fix="take another run's")
-    loads_SLE = torch.stack(loads).numpy()
+    loads_SLE = loads.stacked().numpy()
     return LoadHistory(layers={str(n): loads_SLE[:, n] for n in range(loads_SLE.shape[1])}, source=path.name)
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moerouters.lab.history import History
+from moerouters.lab.history import History, Series
 from moerouters.lab.measure import measure
 from moerouters.lab.results import RunResult
 from moerouters.lab.train import Validation
@@ -17,7 +17,7 @@ def measured(history: History, **more: object) -> RunResult:
 def history_with(loads_SLE: list[list[list[int]]]) -> History:
     """Of given loads; other fields are made up."""
     history = history_of(len(loads_SLE), layers=len(loads_SLE[0]), experts=len(loads_SLE[0][0]))
-    history.loads = [torch.tensor(loads_LE) for loads_LE in loads_SLE]
+    history.loads = Series(torch.tensor(loads_SLE))
     return history
 
 
@@ -38,7 +38,7 @@ def test_balance_by_hand() -> None:
 
 def test_micro_batches_by_hand() -> None:
     history = history_of(2, layers=2)
-    history.micro_max_vio = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 0.0]])]
+    history.micro_max_vio = Series(torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 0.0]]]))
     run = measured(history)
     assert run.layers is not None
     assert run.layers.micro_avg_max_vio == (4.0, 3.0)

@@ -79,10 +79,8 @@ def test_loads_of_a_comparison_where_experts_are_as_many(tmp_path: Path) -> None
     from moerouters.lab.history import History
 
     results = Showcase.model_validate_json(SHOWCASE.read_bytes()).results
-    one = [torch.zeros((), dtype=torch.float64)]
-    History(loads=[torch.tensor([[1, 3], [2, 2]])], micro_max_vio=one, train_loss=one, step_ms=one, router_ms=one).save(
-        tmp_path / "history.safetensors"
-    )
+    rest = dict.fromkeys(("micro_max_vio", "train_loss", "step_ms", "router_ms"), torch.zeros(1, dtype=torch.float64))
+    History.of({"loads": torch.tensor([[[1, 3], [2, 2]]]), **rest}).save(tmp_path / "history.safetensors")
     run = results.runs[0].model_copy(update={"history": "history.safetensors"})
     results.model_copy(update={"runs": (run,)}).save(tmp_path)
     (found,) = load_models(str(tmp_path / "results.json"))

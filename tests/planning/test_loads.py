@@ -60,11 +60,8 @@ def test_a_routing_trace_counts_no_empty_slot(tmp_path: Path) -> None:
 
 
 def test_a_history_of_a_comparison_has_its_own_steps(tmp_path: Path) -> None:
-    loads = [torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6], [7, 8]])]
-    one = torch.zeros((), dtype=torch.float64)
-    history = History(
-        loads=loads, micro_max_vio=[one] * 2, train_loss=[one] * 2, step_ms=[one] * 2, router_ms=[one] * 2
-    )
+    rest = dict.fromkeys(("micro_max_vio", "train_loss", "step_ms", "router_ms"), torch.zeros(2, dtype=torch.float64))
+    history = History.of({"loads": torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]), **rest})
     path = tmp_path / "history.safetensors"
     history.save(path)
     read = read_loads(path)
