@@ -44,7 +44,7 @@ SHAPES = {
         Shape(name="tiny", T=256, D=64, E=8, K=2, F=64, layers=2),
         Shape(name="cpu-16", T=4096, D=512, E=16, K=2, F=1024),
         Shape(name="cpu-64", T=4096, D=512, E=64, K=8, F=256),
-        # Arithmetic in bf16 takes a CPU without units for it 20 to 60 times as long: less of it.
+        # Arithmetic in bf16 takes a CPU without units for it 16 times as long (docs/benchmarks.md): less of it.
         Shape(name="cpu-bf16", T=256, D=512, E=16, K=2, F=512, layers=1),
         Shape(name="gate-64", T=65536, D=512, E=64, K=8, F=256, layers=1, gate_only=True),
         Shape(name="mixtral", T=32768, D=4096, E=8, K=2, F=14336),

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from moerouters.bench import swap, timing
 from moerouters.cli import app
+from support.clock import Seconds
 
 CPU = torch.device("cpu")
 
@@ -24,30 +25,17 @@ def threads() -> Iterator[None]:
 
 def test_ratios_are_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that only the candidates advance: a busy machine makes sleeps of 2 ms last as long as those of 6."""
-    clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
+    clock = Seconds()
+    monkeypatch.setattr("time.perf_counter", clock)
     waits = itertools.cycle([5, 7, 6])
     timings = timing.interleaved(
-        {"peer": lambda: clock.advance(2), "slow": lambda: clock.advance(next(waits))},
+        {"peer": lambda: clock.pass_by(2), "slow": lambda: clock.pass_by(next(waits))},
         peer="peer",
         device=CPU,
         rounds=6,
     )
     assert timings["peer"].ratio == 1.0
     assert timings["slow"] == timing.Timing(median_ms=6e3, ratio=3.0, low=2.5, high=3.5)
-
-
-class Clock:
-    """Stands for the module `time`."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def test_every_candidate_starts_a_round_in_turn() -> None:

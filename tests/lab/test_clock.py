@@ -8,19 +8,7 @@ from torch import Tensor
 from moerouters import Gating, MoELayer
 from moerouters.builtin import TopKRouter
 from moerouters.lab.clock import RouterClock
-
-
-class Seconds:
-    """A clock that moves only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_by(self, seconds: float) -> None:
-        self.now += seconds
+from support.clock import Seconds
 
 
 @pytest.fixture
