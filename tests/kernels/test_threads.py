@@ -1,26 +1,34 @@
-"""Parts shared out over threads: all are done, errors come back, and a forked process starts threads of its own."""
+"""Parts shared out over torch's threads and over kept ones: all are done, and errors come back."""
 
 from __future__ import annotations
 
 import multiprocessing
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moerouters.kernels import dual, gating, selection_network
+from moerouters.kernels import dual, gating, selection_network, threads
 from moerouters.kernels.gating_rule import Rule
 from moerouters.kernels.threads import share_out
 from moerouters.kernels.topk import topk_lowest_id
 
+TASKS = Path("/proc/self/task")
 
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+
+@pytest.fixture(autouse=True, params=["torch's", "kept"])
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Two threads, of each kind."""
+    if request.param == "kept":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("does not apply: torch comes without the entry points of GCC's OpenMP")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -73,19 +81,35 @@ def test_a_fork_has_threads_of_its_own() -> None:
         assert pool.apply_async(_topk, [values_TE]).get(timeout=60) == expected
 
 
-def test_torch_works_alone_and_without_gradients_in_kept_threads() -> None:
-    seen: list[tuple[bool, int, bool, bool]] = []
+def test_torch_works_without_gradients_in_the_mode_of_the_caller() -> None:
+    seen: list[tuple[bool, bool]] = []
     both = threading.Barrier(2, timeout=30)
 
     def run(some: Sequence[int]) -> None:
         both.wait()
-        kept = threading.current_thread() is not threading.main_thread()
-        seen.append((kept, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
 
     share_out(run, [0, 1])
     with torch.inference_mode():
         share_out(run, [0, 1])
-    assert seen == [(True, 1, False, False)] * 2 + [(True, 1, False, True)] * 2
+    assert seen == [(False, False)] * 2 + [(False, True)] * 2
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="does not apply: this system does not list a process's threads")
+def test_torch_works_alone() -> None:
+    both = threading.Barrier(2, timeout=30)
+    many_N = torch.zeros(1 << 20)
+
+    def run(some: Sequence[torch.Tensor]) -> None:
+        both.wait()
+        for each_N in some:  # by no function of MKL, which counts its own threads
+            each_N.neg()
+
+    share_out(run, [torch.zeros(1)] * 2)
+    before = len(list(TASKS.iterdir()))
+    share_out(run, [many_N] * 2)
+    assert len(list(TASKS.iterdir())) == before
     assert torch.get_num_threads() == 2
 
 

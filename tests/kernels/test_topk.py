@@ -73,7 +73,7 @@ def test_chosen_as_by_a_stable_sort(
     values_TE = torch.where(rows_T1 & (torch.rand(shape, generator=random) < 0.5), edges, values_TE)
     k = min(k, shape[1])
     expected = topk_lowest_id_torch(values_TE, k)
-    with mock.patch.multiple(topk, SMALL=0, CHUNK=256):
+    with mock.patch.multiple(topk, SMALL=0, SMALLEST_SHARE=256, LARGEST_SHARE=256):
         assert torch.equal(topk_lowest_id(values_TE, k), expected)
     lowest = torch.finfo(dtype).min
     found = _by_partition(values_TE.float().numpy(), k, lowest)
@@ -86,7 +86,8 @@ def test_chosen_as_by_a_stable_sort(
 @pytest.mark.parametrize("threads", [1, 3])
 def test_many_rows_on_several_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(topk, "CHUNK", 1000)
+    monkeypatch.setattr(topk, "SMALLEST_SHARE", 1000)
+    monkeypatch.setattr(topk, "LARGEST_SHARE", 1000)
     values_TE = torch.randn(500, 70, generator=torch.Generator().manual_seed(0))[:, ::2]
     assert torch.equal(topk_lowest_id(values_TE, 6), topk_lowest_id_torch(values_TE, 6))
 
