@@ -12,7 +12,7 @@ two experts. So it falls short, and steps after the first go further (`overshoot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ def _bids_at(
     found, any_E, exceeding_E = np.empty((count, E), s_ET.dtype), np.empty(E, bool), np.zeros(E, np.int64)
 
     @np.errstate(all="ignore")  # holds for one thread
-    def run(firsts: Sequence[int]) -> None:
+    def run(firsts: Iterable[int]) -> None:
         mine = free.pop()
         for first in firsts:
             some = slice(first, min(first + step, E))

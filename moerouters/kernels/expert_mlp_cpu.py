@@ -8,22 +8,18 @@ Sec. 4). Weight gradients are written in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moerouters.autocast import no_autocast
 from moerouters.errors import ShapeError
+from moerouters.kernels.expert_tiles import Piece, Plan, Tile, plan_tiles
 from moerouters.kernels.routes import Routes
 from moerouters.kernels.workspace import borrowed, fresh
-
-_TILE_ROWS = 1024
-_TILE_BYTES = 20 * 2**20
-"""Of all buffers of a tile; wide experts get fewer rows, but no fewer than 64."""
 
 
 @cache
@@ -35,30 +31,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     has_units = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
     return dtype if has_units() else torch.float32
-
-
-class Piece(NamedTuple):
-    """An expert's part of a tile."""
-
-    expert: int
-    rows: slice
-    """Counted from the tile's begin."""
-    first: bool
-    """Of the expert's pieces."""
-    last: bool
-
-
-@dataclass
-class Tile:
-    """Neighbouring rows, of one expert or several: what is no matrix product is done for all of them at once."""
-
-    begin: int
-    end: int
-    pieces: list[Piece]
-
-    def add(self, expert: int, end: int, *, first: bool, last: bool) -> None:
-        self.pieces.append(Piece(expert, slice(self.end - self.begin, end - self.begin), first, last))
-        self.end = end
 
 
 @dataclass(frozen=True)
@@ -75,48 +47,43 @@ class Experts:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.up_eFD.dtype)
 
-    def tiles(self, num_rows: int, row_width: int) -> list[Tile]:
-        """All rows that experts have, in order. row_width: elements that buffers hold for each row.
+    def plan(self, num_rows: int, row_width: int) -> Plan:
+        """row_width: elements that buffers hold for each row.
 
         Raises ShapeError where experts have more than num_rows.
         """
-        most = max(64, min(_TILE_ROWS, _TILE_BYTES // (row_width * self.dtype.itemsize)))
-        found: list[Tile] = []
-        start = 0
-        for expert, rows in enumerate(self.load_e.tolist()):
-            parts = -(-rows // most)
-            for part in range(parts):
-                begin, end = start + part * rows // parts, start + (part + 1) * rows // parts
-                if not found or end - found[-1].begin > most:
-                    found.append(Tile(begin, begin, []))
-                found[-1].add(expert, end, first=part == 0, last=part == parts - 1)
-            start += rows
-        if start > num_rows:
+        load = self.load_e.tolist()
+        if sum(load) > num_rows:
             raise ShapeError(
-                f"experts have {start} rows, and there are {num_rows}.",
+                f"experts have {sum(load)} rows, and there are {num_rows}.",
                 why="load_e says how many of the rows, in this order, belong to each expert",
                 fix="let load_e count the rows that are handed in",
             )
-        return found
+        return plan_tiles(load, row_width * self.dtype.itemsize, self.down_eDF[0].numel() if load else 0)
 
 
 class WeightGradient:
-    """Of a stack of weights; zeros for experts without rows."""
+    """Of a stack of weights; zeros for experts without rows. What comes of an expert's pieces, one thread adds up."""
 
-    def __init__(self, weight_eOI: Tensor, experts: Experts) -> None:
+    def __init__(self, weight_eOI: Tensor, experts: Experts, sums_nOI: Tensor) -> None:
         self.grad_eOI = fresh(*weight_eOI.shape, dtype=weight_eOI.dtype)
         for expert in (experts.load_e == 0).nonzero().flatten().tolist():
             self.grad_eOI[expert] = 0
-        same = weight_eOI.dtype == experts.dtype
-        self._sum_OI = None if same else torch.empty(weight_eOI.shape[1:], dtype=experts.dtype)
+        self._sums_nOI = sums_nOI
 
-    def add(self, piece: Piece, grad_RO: Tensor, input_RI: Tensor) -> None:
+    @staticmethod
+    def sums(weight_eOI: Tensor, experts: Experts, threads: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """A buffer for each thread where weights are of a narrower dtype than what is summed."""
+        same = weight_eOI.dtype == experts.dtype
+        return (0 if same else threads, *weight_eOI.shape[1:]), experts.dtype
+
+    def add(self, piece: Piece, grad_RO: Tensor, input_RI: Tensor, thread: int) -> None:
         """What the piece's rows of a tile contribute."""
         grad_OI = self.grad_eOI[piece.expert]
-        sum_OI = grad_OI if self._sum_OI is None else self._sum_OI
+        sum_OI = self._sums_nOI[thread] if len(self._sums_nOI) else grad_OI
         multiply(grad_RO[piece.rows].t(), input_RI[piece.rows], sum_OI, add=not piece.first)
-        if piece.last and self._sum_OI is not None:
-            grad_OI.copy_(self._sum_OI)
+        if piece.last and sum_OI is not grad_OI:
+            grad_OI.copy_(sum_OI)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
@@ -130,32 +97,35 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
     W, D = experts.up_eFD.shape[1:]
     A, R = experts.down_eDF.shape[2], x_MD.shape[0] if routes is None else routes.order_N.shape[0]
     kept_RF = fresh(R if keep else 0, W, dtype=x_MD.dtype)
-    tiles = experts.tiles(R, 2 * D + W + A)
-    n = max((tile.end - tile.begin for tile in tiles), default=0)
-    shapes = [((n, width), dtype) for width in (D, W, A, D)]
+    plan = experts.plan(R, 2 * D + W + A)
+    shapes = [((plan.buffer_rows, width), dtype) for width in (D, W, A, D)]
     if routes is not None:  # weighted sums are made in the weights' dtype: in bfloat16, K of them lose two bits
-        shapes.append(((used(tiles, R), D), routes.weights_TK.dtype))
+        shapes.append(((used(plan, R), D), routes.weights_TK.dtype))
     with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, h_rF, a_rF, y_rD, *y_rows):
         y_RD = y_rows[0] if y_rows else fresh(R, D, dtype=x_MD.dtype)
         token_ids_R = None if routes is None else routes.token_ids_R()
-        for tile in tiles:
-            rows, r = slice(tile.begin, tile.end), slice(0, tile.end - tile.begin)
-            x_RD = fetch(x_MD, rows, token_ids_R, x_rD[r])
-            hidden_RF = kept_RF[rows] if keep and kept_RF.dtype == dtype else h_rF[r]
-            for expert, piece, _, _ in tile.pieces:
-                multiply(x_RD[piece], experts.up_eFD[expert].to(dtype).t(), hidden_RF[piece])
-            if keep and kept_RF.dtype != dtype:
-                kept_RF[rows].copy_(hidden_RF)
-            a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=a_rF[r])
-            out_RD = y_RD[rows] if y_RD.dtype == dtype else y_rD[r]
-            for expert, piece, _, _ in tile.pieces:
-                multiply(a_RF[piece], experts.down_eDF[expert].to(dtype).t(), out_RD[piece])
-            if y_RD.dtype != dtype:
-                y_RD[rows].copy_(out_RD)
-        end = tiles[-1].end if tiles else 0
+
+        def work(tiles: Iterable[Tile], thread: int) -> None:
+            at = thread * plan.rows_alone
+            for tile in tiles:
+                rows, r = slice(tile.begin, tile.end), slice(at, at + tile.end - tile.begin)
+                x_RD = fetch(x_MD, rows, token_ids_R, x_rD[r])
+                hidden_RF = kept_RF[rows] if keep and kept_RF.dtype == dtype else h_rF[r]
+                for expert, piece, _, _ in tile.pieces:
+                    multiply(x_RD[piece], experts.up_eFD[expert].to(dtype).t(), hidden_RF[piece])
+                if keep and kept_RF.dtype != dtype:
+                    kept_RF[rows].copy_(hidden_RF)
+                a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=a_rF[r])
+                out_RD = y_RD[rows] if y_RD.dtype == dtype else y_rD[r]
+                for expert, piece, _, _ in tile.pieces:
+                    multiply(a_RF[piece], experts.down_eDF[expert].to(dtype).t(), out_RD[piece])
+                if y_RD.dtype != dtype:
+                    y_RD[rows].copy_(out_RD)
+
+        plan.run(work)
         # Only what no expert wrote is zeroed: zeroing everything first costs 8% of a small model's step.
-        y_RD[end:] = 0
-        kept_RF[end:] = 0
+        y_RD[plan.end :] = 0
+        kept_RF[plan.end :] = 0
         return (y_RD if routes is None else routes.combine(y_RD, routes.weights_TK)), kept_RF
 
 
@@ -177,59 +147,66 @@ def backward(
     routes, dtype = experts.routes, experts.dtype
     W, D = experts.up_eFD.shape[1:]
     A, R = experts.down_eDF.shape[2], kept_RF.shape[0]
-    tiles = experts.tiles(R, 3 * D + 2 * W + 3 * A)
-    n = max((tile.end - tile.begin for tile in tiles), default=0)
-    shapes = [((n, width), dtype) for width in (D, D, D, W, W, A, A, A)]
+    plan = experts.plan(R, 3 * D + 2 * W + 3 * A)
+    shapes: list[tuple[tuple[int, ...], torch.dtype]]
+    shapes = [((plan.buffer_rows, width), dtype) for width in (D, D, D, W, W, A, A, A)]
+    shapes += [WeightGradient.sums(weight, experts, plan.threads) for weight in (experts.up_eFD, experts.down_eDF)]
     if routes is not None:
-        shapes.append(((used(tiles, R) if of_x else 0, D), dtype))
-    with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, dy_rD, dx_rD, h_rF, dh_rF, a_rF, da_rF, s_rF, *dx_rows):
+        shapes.append(((used(plan, R) if of_x else 0, D), dtype))
+    with no_autocast(x_MD.device), borrowed(shapes) as (
+        x_rD, dy_rD, dx_rD, h_rF, dh_rF, a_rF, da_rF, s_rF, up_sums_nFD, down_sums_nDF, *dx_rows
+    ):  # fmt: skip
         dx_RD = dx_rows[0] if dx_rows else fresh(R if of_x else 0, D, dtype=x_MD.dtype)
-        d_up = WeightGradient(experts.up_eFD, experts) if of_up else None
-        d_down = WeightGradient(experts.down_eDF, experts) if of_down else None
+        d_up = WeightGradient(experts.up_eFD, experts, up_sums_nFD) if of_up else None
+        d_down = WeightGradient(experts.down_eDF, experts, down_sums_nDF) if of_down else None
         token_ids_R, weights_R1, d_weights_R = None, None, None
         if routes is not None:
             token_ids_R, weights_R1 = routes.token_ids_R(), routes.weights_R1()
             d_weights_R = weights_R1.new_zeros(R) if of_weights else None
         handed_RA = fresh(R, A, dtype=dtype) if keep_product else None
-        for tile in tiles:
-            rows, r = slice(tile.begin, tile.end), slice(0, tile.end - tile.begin)
-            hidden_RF = kept_RF[rows] if kept_RF.dtype == dtype else h_rF[r].copy_(kept_RF[rows])
-            a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=s_rF[r])
-            dy_RD, da_RF = fetch(grad_y_MD, rows, token_ids_R, dy_rD[r]), da_rF[r]
-            if product_RA is not None:
-                da_RF.copy_(product_RA[rows])
-            elif of_x or of_up or of_weights:
-                for expert, piece, _, _ in tile.pieces:
-                    multiply(dy_RD[piece], experts.down_eDF[expert].to(dtype), da_RF[piece])
-            if handed_RA is not None:
-                handed_RA[rows] = da_RF
-            if d_weights_R is not None:
-                products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
-                d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
-            if d_down is not None:
-                if weights_R1 is not None:  # either factor will do: the narrower one
-                    (dy_RD if D < A else a_RF).mul_(weights_R1[rows])
-                for each in tile.pieces:
-                    d_down.add(each, dy_RD, a_RF)
-            if not (of_x or of_up):
-                continue
-            if weights_R1 is not None:
-                da_RF.mul_(weights_R1[rows])
-            dh_RF = activate_backward(da_RF, hidden_RF, experts.activation, dh_rF[r], silu_RF=s_rF[r])
-            if d_up is not None:
-                x_RD = fetch(x_MD, rows, token_ids_R, x_rD[r])
-                for each in tile.pieces:
-                    d_up.add(each, dh_RF, x_RD)
-            if of_x:
-                out_RD = dx_RD[rows] if dx_RD.dtype == dtype else dx_rD[r]
-                for expert, piece, _, _ in tile.pieces:
-                    multiply(dh_RF[piece], experts.up_eFD[expert].to(dtype), out_RD[piece])
-                if dx_RD.dtype != dtype:
-                    dx_RD[rows].copy_(out_RD)
-        end = tiles[-1].end if tiles else 0
+
+        def work(tiles: Iterable[Tile], thread: int) -> None:
+            at = thread * plan.rows_alone
+            for tile in tiles:
+                rows, r = slice(tile.begin, tile.end), slice(at, at + tile.end - tile.begin)
+                hidden_RF = kept_RF[rows] if kept_RF.dtype == dtype else h_rF[r].copy_(kept_RF[rows])
+                a_RF = activate(hidden_RF, experts.activation, a_rF[r], silu_RF=s_rF[r])
+                dy_RD, da_RF = fetch(grad_y_MD, rows, token_ids_R, dy_rD[r]), da_rF[r]
+                if product_RA is not None:
+                    da_RF.copy_(product_RA[rows])
+                elif of_x or of_up or of_weights:
+                    for expert, piece, _, _ in tile.pieces:
+                        multiply(dy_RD[piece], experts.down_eDF[expert].to(dtype), da_RF[piece])
+                if handed_RA is not None:
+                    handed_RA[rows] = da_RF
+                if d_weights_R is not None:
+                    products_RF = torch.mul(da_RF, a_RF, out=dh_rF[r, :A])
+                    d_weights_R[rows] = products_RF.sum(dim=1, dtype=d_weights_R.dtype)
+                if d_down is not None:
+                    if weights_R1 is not None:  # either factor will do: the narrower one
+                        (dy_RD if D < A else a_RF).mul_(weights_R1[rows])
+                    for each in tile.pieces:
+                        d_down.add(each, dy_RD, a_RF, thread)
+                if not (of_x or of_up):
+                    continue
+                if weights_R1 is not None:
+                    da_RF.mul_(weights_R1[rows])
+                dh_RF = activate_backward(da_RF, hidden_RF, experts.activation, dh_rF[r], silu_RF=s_rF[r])
+                if d_up is not None:
+                    x_RD = fetch(x_MD, rows, token_ids_R, x_rD[r])
+                    for each in tile.pieces:
+                        d_up.add(each, dh_RF, x_RD, thread)
+                if of_x:
+                    out_RD = dx_RD[rows] if dx_RD.dtype == dtype else dx_rD[r]
+                    for expert, piece, _, _ in tile.pieces:
+                        multiply(dh_RF[piece], experts.up_eFD[expert].to(dtype), out_RD[piece])
+                    if dx_RD.dtype != dtype:
+                        dx_RD[rows].copy_(out_RD)
+
+        plan.run(work)
         found = []
         if of_x:
-            dx_RD[end:] = 0
+            dx_RD[plan.end :] = 0
             # Sums over K are made in the dtype of computation and rounded once.
             found.append(dx_RD if routes is None else routes.combine(dx_RD, None).to(x_MD.dtype))
         found += [gradient.grad_eOI for gradient in (d_up, d_down) if gradient is not None]
@@ -240,9 +217,9 @@ def backward(
         return found
 
 
-def used(tiles: Sequence[Tile], num_rows: int) -> int:
+def used(plan: Plan, num_rows: int) -> int:
     """Rows of experts, and one of zeros for all empty slots if there are any: many have a slot for every expert."""
-    return min(num_rows, (tiles[-1].end if tiles else 0) + 1)
+    return min(num_rows, plan.end + 1)
 
 
 def fetch(source_MD: Tensor, rows: slice, token_ids_R: Tensor | None, buffer_RD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from threading import Lock
 from typing import Any
 
@@ -194,7 +194,7 @@ def _fused(
     load_E.zero_()
     adding = Lock()
 
-    def run(some: Sequence[slice]) -> None:
+    def run(some: Iterable[slice]) -> None:
         for rows in some:
             part = _gate_whole(logits_TE[rows], rule) if plain and logits_TE.device.type == "cpu" else None
             if part is None:
@@ -334,7 +334,7 @@ def _fused_backward(
         on_cpu and valid_T is None and bool(finite_T.all()) and not bool((expert_ids_TK == logits_TE.shape[1]).any())
     )
 
-    def run(some: Sequence[slice]) -> None:
+    def run(some: Iterable[slice]) -> None:
         for rows in some:
             grad_logits_TE[rows] = fused_gating_backward_torch(
                 grad_weights_TK[rows], logits_TE[rows], rule, expert_ids_TK=expert_ids_TK[rows],

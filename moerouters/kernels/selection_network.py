@@ -8,7 +8,7 @@ One CPU core, T = 65536, E = 64, K = 8: 10 ms; numpy's partition of every row ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def token_cutoffs(scores_ET: Array, dual_E: Array, top_k: int, work: Sequence[Ar
     width, free = _width(E, T, len(work)), list(work)
 
     @np.errstate(all="ignore")  # holds for one thread
-    def run(starts: Sequence[int]) -> None:
+    def run(starts: Iterable[int]) -> None:
         mine = free.pop()
         block, spare = mine[: length * lists * width], mine[length * lists * width :]
         for start in starts:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
@@ -22,38 +23,55 @@ _here = threading.local()
 _forked = threading.Event()
 
 
-def share_out(run: Callable[[Sequence[Part]], object], parts: Sequence[Part]) -> None:
-    """Call `run` on some of the parts in each of torch.get_num_threads() threads, and return when all are done.
+def share_out(run: Callable[[Iterable[Part]], object], parts: Sequence[Part]) -> None:
+    """Call `run` in each of torch.get_num_threads() threads, and return when all have ended.
 
-    There torch works without gradients, and alone. With one thread, or one part, or within another's share, all of it
-    happens in the caller's.
+    Each gets an iterator over the parts that none of the others has taken yet, in their order. torch works without
+    gradients there, and alone. With one thread, or one part, or within another's share, all of it happens in the
+    caller's.
     """
     threads = min(torch.get_num_threads(), len(parts))
-    team = _openmp()
-    if threads <= 1 or getattr(_here, "kept", False) or (team is not None and team.omp_in_parallel()):
+    if threads <= 1 or _within():
         run(parts)
         return
     # A thread's own: in inference mode the caller's tensors can be written to only there.
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    shares = [parts[n::threads] for n in range(threads)]
+    left = deque(parts)
     errors: list[BaseException] = []
 
     def work() -> None:
-        # Shares are taken, not numbered: OpenMP may give fewer threads than were asked for.
-        with suppress(IndexError), mode():
-            while True:
-                share = shares.pop()
-                try:
-                    run(share)
-                except BaseException as error:
-                    errors.append(error)
+        try:
+            with mode():
+                run(_taken_from(left))
+        except BaseException as error:
+            errors.append(error)
 
-    if team is None or _forked.is_set():
+    if (team := _team()) is None:
         wait([_pool().submit(work) for _ in range(threads)])  # they write to memory of the caller's
     else:
         team.GOMP_parallel(_Function(lambda _: work()), None, threads, 0)
     if errors:
         raise errors[0]
+
+
+def alone_at_once() -> int:
+    """Threads that share_out works in, if they are torch's, in which its matrix products are sure to be alone."""
+    return 1 if _within() or _team() is None else torch.get_num_threads()
+
+
+def _taken_from(left: deque[Part]) -> Iterator[Part]:
+    with suppress(IndexError):
+        while True:
+            yield left.popleft()
+
+
+def _within() -> bool:
+    team = _team()
+    return getattr(_here, "kept", False) or (team is not None and bool(team.omp_in_parallel()))
+
+
+def _team() -> ctypes.CDLL | None:
+    return None if _forked.is_set() else _openmp()
 
 
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def _topk_cpu(values_TE: Tensor, k: int) -> Tensor:
     rows = max(min(LARGEST_SHARE // E, -(-T // torch.get_num_threads())), SMALLEST_SHARE // E, 1)
     parts = [slice(start, start + rows) for start in range(0, T, rows)]
 
-    def run(some: Sequence[slice]) -> None:
+    def run(some: Iterable[slice]) -> None:
         for part in some:
             out_Tk[part] = _topk_rows(wide_TE[part], k, lowest)
 

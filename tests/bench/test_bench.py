@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from moerouters.bench import swap, timing
 from moerouters.cli import app
 from support.clock import Seconds
+from support.threads import torch_threads
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    with torch_threads():
+        yield
 
 
 def test_ratios_are_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:

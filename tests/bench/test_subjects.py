@@ -17,15 +17,15 @@ from moerouters.bench.dispatch import BOTH, PLAN, dispatch_cases
 from moerouters.bench.measure import measure
 from moerouters.bench.router import router_cases
 from moerouters.bench.shapes import Shape
+from support.threads import torch_threads
 
 SHAPE = Shape(name="s", T=48, D=8, E=4, K=2, F=8)
 
 
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads():
+        yield
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moerouters.errors import ShapeError
-from moerouters.kernels import expert_mlp_cpu, workspace
+from moerouters.kernels import expert_mlp_cpu, expert_tiles, workspace
 from moerouters.kernels.expert_mlp import expert_mlp, expert_mlp_torch
 from support.routed import LOADS, Routed, routed
 
@@ -36,7 +36,7 @@ def test_given_rows_equal_the_loop_with_gradients(activation: str, load: list[in
 
 
 def test_an_expert_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_mlp_cpu, "_TILE_BYTES", 0)  # the smallest tiles, of 64 rows
+    monkeypatch.setattr(expert_tiles, "_BYTES", 0)  # the smallest tiles, of 64 rows
     case = routed("one hot expert", tokens=150)
     with products(expert_mlp_cpu, monkeypatch) as made:
         found = case.run()

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 
 from moerouters.kernels import selection_network
 from moerouters.kernels.selection_network import token_cutoffs, work_size
+from support.threads import torch_threads
 
 
 def cutoffs(scores_ET: np.ndarray, dual_E: np.ndarray, top_k: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -38,12 +38,8 @@ def test_tokens_in_several_blocks(num_experts: int, monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(whole, parts)
     assert whole[0].dtype == np.float32
     monkeypatch.setattr(selection_network, "SHARED_BLOCK", num_experts * 20)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with torch_threads(2):
         np.testing.assert_array_equal(whole, cutoffs(scores_ET, np.zeros(num_experts, np.float32), 3, threads=2))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

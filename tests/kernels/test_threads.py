@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,20 @@ from moerouters.kernels import dual, gating, selection_network, threads
 from moerouters.kernels.gating_rule import Rule
 from moerouters.kernels.threads import share_out
 from moerouters.kernels.topk import topk_lowest_id
+from support.threads import torch_threads
 
 TASKS = Path("/proc/self/task")
 
 
 @pytest.fixture(autouse=True, params=["torch's", "kept"])
-def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, of each kind."""
     if request.param == "kept":
         monkeypatch.setattr(threads, "_openmp", lambda: None)
     elif threads._openmp() is None:
         pytest.skip("does not apply: torch comes without the entry points of GCC's OpenMP")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -48,10 +47,11 @@ def test_several_threads_do_it() -> None:
 def test_an_error_comes_back_after_all_have_ended(bad: int) -> None:
     ended: list[int] = []
 
-    def run(some: Sequence[int]) -> None:
-        if bad in some:
-            raise ValueError("no")
-        ended.extend(some)
+    def run(some: Iterable[int]) -> None:
+        for part in some:
+            if part == bad:
+                raise ValueError("no")
+            ended.append(part)
 
     with pytest.raises(ValueError, match="no"):
         share_out(run, [0, 1])
@@ -85,7 +85,7 @@ def test_torch_works_without_gradients_in_the_mode_of_the_caller() -> None:
     seen: list[tuple[bool, bool]] = []
     both = threading.Barrier(2, timeout=30)
 
-    def run(some: Sequence[int]) -> None:
+    def run(some: Iterable[int]) -> None:
         both.wait()
         seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
 
@@ -101,7 +101,7 @@ def test_torch_works_alone() -> None:
     both = threading.Barrier(2, timeout=30)
     many_N = torch.zeros(1 << 20)
 
-    def run(some: Sequence[torch.Tensor]) -> None:
+    def run(some: Iterable[torch.Tensor]) -> None:
         both.wait()
         for each_N in some:  # by no function of MKL, which counts its own threads
             each_N.neg()

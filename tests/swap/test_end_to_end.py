@@ -24,6 +24,7 @@ from moerouters.lab.batches import training_windows, validation_windows
 from moerouters.lab.corpus import VOCABULARY, standard_library
 from moerouters.metrics import max_violation
 from moerouters.swapping.module import SwappedRouter
+from support.threads import torch_threads
 
 EXPERTS, CHOSEN, LENGTH, BATCH = 8, 2, 64, 16
 # Experts have to be what the model lacks, or it makes no difference how many of them work. They are narrow, and weights
@@ -83,10 +84,8 @@ class Outcome:
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The order of sums depends on the number of threads, and what 700 steps lead to on the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 class Windows(Dataset[dict[str, Tensor]]):
