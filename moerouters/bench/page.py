@@ -110,15 +110,17 @@ def growth_power(times: Sequence[tuple[int, float]]) -> float:
 
 
 def _runs(rows: Sequence[Line]) -> list[str]:
-    """Device, versions and commit, once for each run that the file holds."""
-    stamps: dict[str, Stamp] = {row.run.model_dump_json(): row.run for row in rows}
+    """Device and versions, once for all runs of the file that share them, and their commits."""
+    runs: dict[str, list[Stamp]] = {}
+    for row in rows:
+        found = runs.setdefault(row.run.model_copy(update={"commit": ""}).model_dump_json(), [])
+        if row.run not in found:
+            found.append(row.run)
     told = []
-    for run in stamps.values():
+    for (run, *_), commits in ((same, ", ".join(run.commit or "unknown" for run in same)) for same in runs.values()):
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         note = f" **{run.note}**" if run.note else ""
-        told.append(
-            f"* {run.date}, {run.device}, threads: {run.threads}; {versions}; commit {run.commit or 'unknown'}.{note}"
-        )
+        told.append(f"* {run.date}, {run.device}, threads: {run.threads}; {versions}; commit {commits}.{note}")
     return ["\n".join(told)]
 
 

@@ -61,6 +61,15 @@ def test_other_rows_make_another_page(tmp_path: Path) -> None:
     assert rendered_page(text, {}, docs / "images").count("not measured") >= len(TARGETS)
 
 
+def test_runs_that_differ_by_commit_alone_are_told_once() -> None:
+    runs = [stamp(kind="cpu", threads=2).model_copy(update={"commit": commit}) for commit in ("one", "two", "one", "")]
+    row = row_for(GOAL, low=1, high=1).model_dump(by_alias=True)
+    lines = [Line(run=run, **row) for run in runs]
+    (told,) = page._runs(lines)
+    assert told.count("threads: 2") == 1
+    assert "commit one, two, unknown." in told
+
+
 def test_every_goal_has_a_shape_and_a_place_in_the_log() -> None:
     log = (DOCS / "benchmarks" / "log.md").read_text(encoding="utf-8")
     assert len({target.id for target in TARGETS}) == len(TARGETS)
