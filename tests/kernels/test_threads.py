@@ -21,14 +21,14 @@ TASKS = Path("/proc/self/task")
 
 
 @pytest.fixture(autouse=True, params=["torch's", "kept"])
-def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two threads, of each kind."""
     if request.param == "kept":
         monkeypatch.setattr(threads, "_openmp", lambda: None)
     elif threads._openmp() is None:
         pytest.skip("does not apply: torch comes without the entry points of GCC's OpenMP")
     with torch_threads(2):
-        yield
+        yield request.param
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -69,16 +69,23 @@ def test_a_dual_step_has_the_same_bits_in_several_threads(centred: bool, monkeyp
     assert torch.equal(found_E, dual.dual_update_torch(scores_TE, torch.zeros(16), **options))
 
 
-def _topk(values_TE: torch.Tensor) -> list[int]:
+def _topk(values_TE: torch.Tensor) -> tuple[list[int], int]:
     torch.set_num_threads(2)
-    return topk_lowest_id(values_TE, 2)[:3].flatten().tolist()
+    return topk_lowest_id(values_TE, 2)[:3].flatten().tolist(), threads.alone_at_once()
 
 
-def test_a_fork_has_threads_of_its_own() -> None:
+@pytest.mark.parametrize(("method", "torchs"), [("fork", 1), ("forkserver", 2)])
+def test_a_fork_takes_no_threads_along(method: str, torchs: int, team: str) -> None:
+    """That of a process which has some uses threads of its own; that of a fork server, torch's."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip("does not apply: this system does not fork")
     values_TE = torch.randn(3 * 4096, 64, generator=torch.Generator().manual_seed(0))
-    expected = _topk(values_TE)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(_topk, [values_TE]).get(timeout=60) == expected
+    expected, here = _topk(values_TE)
+    assert here == (2 if team == "torch's" else 1)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        found, there = pool.apply_async(_topk, [values_TE]).get(timeout=60)
+    assert found == expected
+    assert there == torchs
 
 
 def test_torch_works_without_gradients_in_the_mode_of_the_caller() -> None:
