@@ -17,8 +17,8 @@ from moerouters.kernels.threads import alone_at_once, share_out
 
 _ROWS, _BYTES = 1024, 20 * 2**20
 """Most of a tile that all threads work on; bytes are of all its buffers."""
-_ROWS_ALONE, _BYTES_ALONE = 320, 4 * 2**20
-"""Of a tile that one thread works on; bytes count where there are more than five threads."""
+_ROWS_ALONE, _BYTES_ALONE = 320, 40 * 2**20
+"""Most of a tile that one thread works on; bytes are of the tiles of all threads."""
 _LEAST_ROWS = 64
 _LEAST_PRODUCT = 1 << 25
 """Multiplications of a product, below which threads would wait for the interpreter instead of for each other."""
@@ -92,7 +92,7 @@ def plan_tiles(load: Sequence[int], row_bytes: int, row_products: int) -> Plan:
     starts = accumulate(load, initial=0)
     experts = [(expert, start, rows) for expert, (start, rows) in enumerate(zip(starts, load, strict=False)) if rows]
     threads, end = alone_at_once(), sum(load)
-    most_alone = _most(_ROWS_ALONE, max(_BYTES // threads, _BYTES_ALONE), row_bytes)
+    most_alone = _most(_ROWS_ALONE, _BYTES_ALONE // threads, row_bytes)
     chains = _chains(experts, most_alone) if threads > 1 else []
     if end * row_products < _LEAST_PRODUCT * len(chains):
         chains = []

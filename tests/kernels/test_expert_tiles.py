@@ -63,7 +63,7 @@ def test_no_expert_is_in_two_threads_hands(load: list[int], count: int) -> None:
 def test_buffers_hold_what_is_worked_on_at_a_time(load: list[int], count: int, row_bytes: int) -> None:
     plan = planned(load, count, row_bytes=row_bytes)
     assert all(tile.end - tile.begin <= plan.rows_alone for chain in plan.apart for tile in chain)
-    most = max([64, (20 << 20) // row_bytes, count * (4 << 20) // row_bytes, 64 * count])
+    most = max((40 << 20) // row_bytes, 64 * count)
     assert max([plan.threads * plan.rows_alone, *(tile.end - tile.begin for tile in plan.together)]) == plan.buffer_rows
     assert plan.buffer_rows <= min(most, max(1024, 320 * count))
 
