@@ -47,8 +47,8 @@ class Experts:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.up_eFD.dtype)
 
-    def plan(self, num_rows: int, row_width: int) -> Plan:
-        """row_width: elements that buffers hold for each row.
+    def plan(self, num_rows: int, row_width: int, *, sum_width: int = 0) -> Plan:
+        """row_width: elements that buffers hold for each row, sum_width: for each thread besides.
 
         Raises ShapeError where experts have more than num_rows.
         """
@@ -59,7 +59,12 @@ class Experts:
                 why="load_e says how many of the rows, in this order, belong to each expert",
                 fix="let load_e count the rows that are handed in",
             )
-        return plan_tiles(load, row_width * self.dtype.itemsize, self.down_eDF[0].numel() if load else 0)
+        size = self.dtype.itemsize
+        # Halves that are multiplied as halves are rounded after each tile. Smaller ones cost bits: a weight gradient of
+        # 4096 rows is 0.4% off with tiles of 1024, 0.6% with 320 and 1% with 64.
+        threads = None if size >= torch.float32.itemsize else 1
+        products = self.down_eDF[0].numel() if load else 0
+        return plan_tiles(load, row_width * size, products, threads=threads, thread_bytes=sum_width * size)
 
 
 class WeightGradient:
@@ -70,12 +75,7 @@ class WeightGradient:
         for expert in (experts.load_e == 0).nonzero().flatten().tolist():
             self.grad_eOI[expert] = 0
         self._sums_nOI = sums_nOI
-
-    @staticmethod
-    def sums(weight_eOI: Tensor, experts: Experts, threads: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """A buffer for each thread where weights are of a narrower dtype than what is summed."""
-        same = weight_eOI.dtype == experts.dtype
-        return (0 if same else threads, *weight_eOI.shape[1:]), experts.dtype
+        """For each thread, where weights are of another dtype than what is summed."""
 
     def add(self, piece: Piece, grad_RO: Tensor, input_RI: Tensor, thread: int) -> None:
         """What the piece's rows of a tile contribute."""
@@ -147,10 +147,12 @@ def backward(
     routes, dtype = experts.routes, experts.dtype
     W, D = experts.up_eFD.shape[1:]
     A, R = experts.down_eDF.shape[2], kept_RF.shape[0]
-    plan = experts.plan(R, 3 * D + 2 * W + 3 * A)
+    summed = experts.up_eFD.dtype != dtype
+    plan = experts.plan(R, 3 * D + 2 * W + 3 * A, sum_width=summed * (of_up * W * D + of_down * D * A))
     shapes: list[tuple[tuple[int, ...], torch.dtype]]
     shapes = [((plan.buffer_rows, width), dtype) for width in (D, D, D, W, W, A, A, A)]
-    shapes += [WeightGradient.sums(weight, experts, plan.threads) for weight in (experts.up_eFD, experts.down_eDF)]
+    shapes.append(((plan.threads if summed and of_up else 0, W, D), dtype))
+    shapes.append(((plan.threads if summed and of_down else 0, D, A), dtype))
     if routes is not None:
         shapes.append(((used(plan, R) if of_x else 0, D), dtype))
     with no_autocast(x_MD.device), borrowed(shapes) as (

@@ -17,11 +17,12 @@ from moerouters.kernels.threads import alone_at_once, share_out
 
 _ROWS, _BYTES = 1024, 20 * 2**20
 """Most of a tile that all threads work on; bytes are of all its buffers."""
-_ROWS_ALONE, _BYTES_ALONE = 320, 40 * 2**20
-"""Most of a tile that one thread works on; bytes are of the tiles of all threads."""
+_ROWS_ALONE, _BYTES_ALONE = 320, 64 * 2**20
+"""Most of a tile that one thread works on; bytes are of the buffers of all threads."""
 _LEAST_ROWS = 64
-_LEAST_PRODUCT = 1 << 25
-"""Multiplications of a product, below which threads would wait for the interpreter instead of for each other."""
+_LEAST_PRODUCT = 1 << 24
+"""Multiplications of a tile's product, below which threads wait for the interpreter longer than for each other: with
+two threads 2**24 took the same time either way, 2**25 less, and 2**23 1.07 times as much."""
 _TOGETHER = 1.1
 """Time of a product by all threads, over that of as many products at once, each by one."""
 
@@ -84,29 +85,29 @@ class Plan:
             share_out(run_chains, self.apart)
 
 
-def plan_tiles(load: Sequence[int], row_bytes: int, row_products: int) -> Plan:
+def plan_tiles(
+    load: Sequence[int], row_bytes: int, row_products: int, *, threads: int | None = None, thread_bytes: int = 0
+) -> Plan:
     """Tiles for so many rows of each expert.
 
-    row_bytes: what buffers hold for each row. row_products: multiplications for each row in a product.
+    row_bytes: what buffers hold for each row. row_products: multiplications for each row in a product. threads: that
+    may work apart, None for as many as can. thread_bytes: what each of these needs besides.
     """
     starts = accumulate(load, initial=0)
     experts = [(expert, start, rows) for expert, (start, rows) in enumerate(zip(starts, load, strict=False)) if rows]
-    threads, end = alone_at_once(), sum(load)
-    most_alone = _most(_ROWS_ALONE, _BYTES_ALONE // threads, row_bytes)
-    chains = _chains(experts, most_alone) if threads > 1 else []
-    if end * row_products < _LEAST_PRODUCT * len(chains):
+    threads, end = alone_at_once() if threads is None else threads, sum(load)
+    most_alone = min(_ROWS_ALONE, (_BYTES_ALONE // threads - thread_bytes) // row_bytes)
+    chains = _chains(experts, most_alone) if threads > 1 and most_alone >= _LEAST_ROWS else []
+    if end * row_products < _LEAST_PRODUCT * sum(map(len, chains)):
         chains = []
     chains.sort(key=_rows, reverse=True)
     apart = chains[_shared_by_all([_rows(chain) for chain in chains], threads) :]
     elsewhere = {piece.expert for chain in apart for tile in chain for piece in tile.pieces}
     rest = [each for each in experts if each[0] not in elsewhere]
-    together = [tile for chain in _chains(rest, _most(_ROWS, _BYTES, row_bytes)) for tile in chain]
+    most = max(_LEAST_ROWS, min(_ROWS, _BYTES // row_bytes))
+    together = [tile for chain in _chains(rest, most) for tile in chain]
     rows_alone = max((tile.end - tile.begin for chain in apart for tile in chain), default=0)
-    return Plan(together, apart, threads if apart else 1, rows_alone, end)
-
-
-def _most(rows: int, size: int, row_bytes: int) -> int:
-    return max(_LEAST_ROWS, min(rows, size // row_bytes))
+    return Plan(together, apart, max(1, min(threads, len(apart))), rows_alone, end)
 
 
 def _chains(experts: Iterable[tuple[int, int, int]], most: int) -> list[Chain]:

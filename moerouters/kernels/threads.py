@@ -1,17 +1,17 @@
-"""Several threads for work that numpy does, or torch in pieces: one of them for each of torch's own."""
+"""Several threads for work that numpy does, or torch in pieces: torch's own, or else as many others."""
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,44 +21,57 @@ _kept: list[ThreadPoolExecutor] = []
 """At most one. New threads for each call would have to fault their memory in each time: a top-k of 16384 rows then
 takes longer on two threads than on one (7.9 against 6.0 ms)."""
 _here = threading.local()
-_forked_by: list[int] = []
-"""The process that this one is a fork of."""
+_forked = threading.Event()
 
 
 def share_out(run: Callable[[Iterable[Part]], object], parts: Sequence[Part]) -> None:
-    """Call `run` in each of torch.get_num_threads() threads, and return when all have ended.
+    """Call `run` in as many threads as torch has, but no more than there are parts, and return when all have ended.
 
     Each gets an iterator over the parts that none of the others has taken yet, in their order. torch works without
-    gradients there, and alone. With one thread, or one part, or within another's share, all of it happens in the
-    caller's.
+    gradients there, and alone. With one thread, one part, or within another's share, `run` gets all parts at once, in
+    the caller's thread and mode.
     """
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads <= 1 or _within():
+    team, threads = _team(), min(torch.get_num_threads(), len(parts))
+    if threads <= 1 or _within(team):
         run(parts)
         return
     # A thread's own: in inference mode the caller's tensors can be written to only there.
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    left = deque(parts)
+    left, tickets = deque(parts), iter(range(threads))
     errors: list[BaseException] = []
+    ended: set[int] = set()
 
-    def work() -> None:
+    def work(_: object = None) -> None:
         try:
-            with mode():
-                run(_taken_from(left))
+            if next(tickets, None) is not None:
+                with mode():
+                    run(_taken_from(left))
         except BaseException as error:
             errors.append(error)
+        finally:
+            ended.add(threading.get_ident())
 
-    if (team := _team()) is None:
-        wait([_pool().submit(work) for _ in range(threads)])  # they write to memory of the caller's
+    if team is None:
+        _in_kept_threads(work, threads)
     else:
-        team.GOMP_parallel(_Function(lambda _: work()), None, threads, 0)
+        # All of torch's threads, also where fewer have a ticket: OpenMP ends those that a smaller team leaves out.
+        team.parallel(_Function(work), None, torch.get_num_threads(), 0)
+        if threading.get_ident() not in ended:
+            raise KeyboardInterrupt  # it came before `try`, where ctypes prints it and goes on
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # or the error would hold this frame, and the frame the error
 
 
 def alone_at_once() -> int:
-    """Threads that share_out works in, if they are torch's, in which its matrix products are sure to be alone."""
-    return 1 if _within() or _team() is None else torch.get_num_threads()
+    """How many threads share_out has if matrix products are sure to be alone in each, else 1.
+
+    In others than torch's, MKL works with threads of its own.
+    """
+    team = _team()
+    return 1 if team is None or _within(team) else torch.get_num_threads()
 
 
 def _taken_from(left: deque[Part]) -> Iterator[Part]:
@@ -67,63 +80,72 @@ def _taken_from(left: deque[Part]) -> Iterator[Part]:
             yield left.popleft()
 
 
-def _within() -> bool:
-    team = _team()
-    return getattr(_here, "kept", False) or (team is not None and bool(team.omp_in_parallel()))
+def _within(team: Team | None) -> bool:
+    return getattr(_here, "kept", False) or (team is not None and bool(team.in_parallel()))
 
 
-def _team() -> ctypes.CDLL | None:
-    return None if _threads_stayed_behind() else _openmp()
+class Team(NamedTuple):
+    """torch's threads."""
 
-
-def _threads_stayed_behind() -> bool:
-    """A fork takes no threads along, and GNU's OpenMP would wait for them forever. A fork server has none: it forks
-    for others, and does nothing else."""
-    if not _forked_by:
-        return False
-    starter = multiprocessing.parent_process()
-    return starter is None or starter.pid == _forked_by[-1]
+    parallel: Any
+    """OpenMP's parallel region: (function, its argument, threads, flags)."""
+    in_parallel: Any
 
 
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
+def _team() -> Team | None:
+    # A fork takes no threads along, and GNU's OpenMP would wait for them forever.
+    return None if _forked.is_set() else _openmp()
+
+
 @cache
-def _openmp() -> ctypes.CDLL | None:
-    """torch's own threads, where the library behind them has the entry points of GCC's: on Linux both GNU's and LLVM's.
+def _openmp() -> Team | None:
+    """torch's own threads, by the entry points of GCC's OpenMP, which on Linux LLVM's has too.
 
     They spin for milliseconds after each operation of torch's, waiting for the next, on the cores that other threads
     would want: right after one, a top-k of 16384 rows takes 5.5 ms in one thread, 5.8 in others and 3.6 in these.
     """
-    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        return None  # its operations would not know that they are in another thread of their own
-    try:
-        library = ctypes.CDLL(torch._C.__file__)
-        library.GOMP_parallel.argtypes = (_Function, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        library.GOMP_parallel.restype = None
-        library.omp_in_parallel.restype = ctypes.c_int
-    except (AttributeError, OSError):
+    if not sys.platform.startswith("linux") or "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None  # products may come from a library with other threads
+    parallel, in_parallel = _function("GOMP_parallel"), _function("omp_in_parallel", keep_interpreter=True)
+    if parallel is None or in_parallel is None:
         return None
-    return library
+    parallel.argtypes, parallel.restype = (_Function, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return Team(parallel, in_parallel)
 
 
-def _pool() -> ThreadPoolExecutor:
+def _function(name: str, *, keep_interpreter: bool = False) -> Any:
+    """A function of the OpenMP that torch calls: one that was preloaded goes before torch's own. None without one."""
+    library = ctypes.PyDLL if keep_interpreter else ctypes.CDLL
+    for path in (None, torch._C.__file__):
+        with suppress(AttributeError, OSError, TypeError):  # TypeError: Windows has no global scope
+            return getattr(library(path), name)
+    return None
+
+
+def _in_kept_threads(work: Callable[[], None], threads: int) -> None:
     if not _kept:
         _kept.append(ThreadPoolExecutor(os.cpu_count(), "moerouters", initializer=_prepare))
-    return _kept[0]
+    started = [_kept[0].submit(work) for _ in range(threads)]
+    try:
+        wait(started)
+    finally:
+        wait(started)  # also where an interrupt ended the first: they write to memory of the caller's
 
 
 def _prepare() -> None:
     _here.kept = True
     torch.get_num_threads()  # a thread's first question sets its OpenMP to what torch.set_num_threads said
-    with suppress(AttributeError, OSError):  # a torch without OpenMP
-        # torch.set_num_threads would change what threads to come start with.
-        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
+    # torch.set_num_threads would change what threads to come start with.
+    if (set_threads := _function("omp_set_num_threads")) is not None:
+        set_threads(1)
 
 
 def _forget() -> None:
     _kept.clear()
-    _forked_by.append(os.getppid())
+    _forked.set()
 
 
 if hasattr(os, "register_at_fork"):
