@@ -22,7 +22,7 @@ _ROWS_ALONE, _BYTES_ALONE = 320, 64 * 2**20
 _LEAST_ROWS = 64
 _LEAST_PRODUCT = 1 << 24
 """Multiplications of a tile's product, below which threads wait for the interpreter longer than for each other: with
-two threads 2**24 took the same time either way, 2**25 less, and 2**23 1.07 times as much."""
+two threads 2**24 took the same time either way, 2**25 less, and 2**22 1.03 to 1.07 times as much."""
 _TOGETHER = 1.1
 """Time of a product by all threads, over that of as many products at once, each by one."""
 
