@@ -39,6 +39,9 @@ def study(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for results, pictures and report.")] = Path("moerouters-study"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the output folder.")] = False,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="With --resume: time the trained models anew.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again over an interrupted study.")] = False,
 ) -> None:
     """Compare MoE with dense models at equal step time, on this machine."""
@@ -64,6 +67,7 @@ def study(
             output=output,
             resume=resume,
             overwrite=overwrite,
+            measure_again=measure_again,
         )
     )
     raise typer.Exit(code)

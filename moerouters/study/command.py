@@ -43,6 +43,7 @@ class StudyOptions:
     output: Path
     resume: bool
     overwrite: bool
+    measure_again: bool
 
 
 def run_study(options: StudyOptions) -> int:
@@ -59,6 +60,7 @@ def run_study(options: StudyOptions) -> int:
         output=options.output,
         resume=options.resume,
         overwrite=options.overwrite,
+        measure_again=options.measure_again,
         jobs=options.jobs,
     )
     study.check()

@@ -90,6 +90,10 @@ class ModelResult(Record):
         """That it is trained on."""
         return self.settings.steps * self.settings.batch_tokens
 
+    def unmeasured(self) -> ModelResult:
+        """As it is before anything of the trained model is measured."""
+        return self.model_copy(update={"step": None, "anatomy": None, "anatomy_failed": None, "inference": None})
+
 
 class TrainingRun(Record):
     """One model, one seed. Numbers are None where a run did not reach its last step."""

@@ -65,6 +65,8 @@ class Study:
     output: Path
     resume: bool = False
     overwrite: bool = False
+    measure_again: bool = False
+    """Of a study that is resumed, measure the trained models anew: steps, anatomy and inference."""
     jobs: int = 1
     """Runs that train at once, each in a process of its own. Everything that is timed is timed alone."""
 
@@ -72,6 +74,12 @@ class Study:
         """Raise for whatever would stop the study after it has begun."""
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other.", fix="pick one")
+        if self.measure_again and not self.resume:
+            raise ConfigError(
+                "--measure-again is for a study that is resumed.",
+                why="a new study measures its models anyway",
+                fix="add --resume, or leave it out",
+            )
         if self.jobs > 1 and self.device.type != "cpu":
             raise ConfigError(
                 f"--jobs {self.jobs} is for CPUs.",
@@ -110,7 +118,8 @@ class Study:
     def _start(self) -> StudyResults:
         earlier = StudyResults.load(self.output) if self.resume else None
         if earlier is not None:
-            return self._kept(earlier.model_copy(update={"status": "running", "plan": self.plan}))
+            models = tuple(each.unmeasured() for each in earlier.models) if self.measure_again else earlier.models
+            return self._kept(earlier.model_copy(update={"status": "running", "plan": self.plan, "models": models}))
         shutil.rmtree(self.output / "runs", ignore_errors=True)
         return self._kept(
             StudyResults(

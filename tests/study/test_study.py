@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -106,6 +107,24 @@ def test_a_completed_study_is_not_trained_again(whole: tuple[Path, StudyResults,
     again.check()
     assert again.run(watcher, StopRequest()) == found
     assert watcher.told == [("planned", [])]
+
+
+def test_a_completed_study_can_be_measured_again(whole: tuple[Path, StudyResults, Watcher], tmp_path: Path) -> None:
+    folder, found, _ = whole
+    shutil.copytree(folder / "out", tmp_path / "out")  # the other tests see the first measurements
+    watcher = Watcher()
+    again = study(tmp_path, resume=True, measure_again=True)
+    again.check()
+    anew = again.run(watcher, StopRequest())
+    assert [what for what, *_ in watcher.told] == ["planned", *["measuring"] * 4]  # inference, steps, two anatomies
+    assert anew.runs == found.runs and StudyResults.load(tmp_path / "out") == anew
+    for before, after in zip(found.models, anew.models, strict=True):
+        assert after.unmeasured() == before.unmeasured() and after.match == before.match
+        assert after.step is not None and after.step != before.step
+        assert after.inference is not None and after.inference != before.inference
+        assert after.anatomy is not None and after.anatomy != before.anatomy
+    with pytest.raises(ConfigError, match=r"--measure-again is for a study that is resumed(.|\n)*add --resume"):
+        study(tmp_path, measure_again=True).check()
 
 
 def test_another_plan_or_text_cannot_resume(whole: tuple[Path, StudyResults, Watcher], tmp_path: Path) -> None:
