@@ -103,7 +103,7 @@ def forward(x_MD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]
         shapes.append(((used(plan, R), D), routes.weights_TK.dtype))
     with no_autocast(x_MD.device), borrowed(shapes) as (x_rD, h_rF, a_rF, y_rD, *y_rows):
         y_RD = y_rows[0] if y_rows else fresh(R, D, dtype=x_MD.dtype)
-        token_ids_R = None if routes is None else routes.token_ids_R()
+        token_ids_R = None if routes is None else routes.token_ids_R(plan.end)
 
         def work(tiles: Iterable[Tile], thread: int) -> None:
             at = thread * plan.rows_alone
@@ -163,7 +163,7 @@ def backward(
         d_down = WeightGradient(experts.down_eDF, experts, down_sums_nDF) if of_down else None
         token_ids_R, weights_R1, d_weights_R = None, None, None
         if routes is not None:
-            token_ids_R, weights_R1 = routes.token_ids_R(), routes.weights_R1()
+            token_ids_R, weights_R1 = routes.token_ids_R(plan.end), routes.weights_R1(plan.end)
             d_weights_R = weights_R1.new_zeros(R) if of_weights else None
         handed_RA = fresh(R, A, dtype=dtype) if keep_product else None
 

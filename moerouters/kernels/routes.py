@@ -26,11 +26,13 @@ class Routes:
     inverse_N: Tensor
     """int64, the row that a pair is."""
 
-    def token_ids_R(self) -> Tensor:
-        return self.order_N // max(self.weights_TK.shape[1], 1)
+    def token_ids_R(self, rows: int) -> Tensor:
+        """Of the first so many rows."""
+        return self.order_N[:rows] // max(self.weights_TK.shape[1], 1)
 
-    def weights_R1(self) -> Tensor:
-        return self.weights_TK.reshape(-1).index_select(0, self.order_N).unsqueeze(1)
+    def weights_R1(self, rows: int) -> Tensor:
+        """The same."""
+        return self.weights_TK.reshape(-1).index_select(0, self.order_N[:rows]).unsqueeze(1)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor | None) -> Tensor:
         """For every token the (weighted) sum over its slots. All empty ones may share the last row of y_RD.

@@ -9,13 +9,16 @@ from scipy.sparse import eye_array, kron, vstack
 from torch import Tensor
 
 
-def place_loops(keys: list[list[float]], demand: list[int], capacity: int) -> list[list[bool]]:
-    """Columns from the left; rows that need all that is left first, then by falling key, then in order."""
-    U, E = len(keys), len(keys[0])
+def place_loops(
+    margins: list[list[float]], held: list[list[bool]], demand: list[int], capacity: int
+) -> list[list[bool]]:
+    """Columns from the left; rows that need all that is left, then those that hold it, by falling margin, in order."""
+    U, E = len(margins), len(margins[0])
     left, chosen = list(demand), [[False] * E for _ in range(U)]
     for e in range(E):
         wanting = [u for u in range(U) if left[u] > 0]
-        wanting.sort(key=lambda u: (left[u] < E - e, -keys[u][e] if left[u] < E - e else 0, u))
+        must = [left[u] == E - e for u in range(U)]
+        wanting.sort(key=lambda u: (0,) if must[u] else (1, not held[u][e], -margins[u][e]))
         for u in wanting[:capacity]:
             chosen[u][e] = True
             left[u] -= 1

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moerouters_base_layers import balanced_assignment
-from moerouters_base_layers.auction import EPSILON
+from moerouters_base_layers.bidding import EPSILON
 
 
 def assert_balanced(chosen_TE: Tensor, top_k: int, valid_T: Tensor | None = None) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from base_layers_oracles import auction_loops, scores_of
+from base_layers_oracles import KINDS, auction_loops, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerouters_base_layers.auction import EPSILON, auction
+from moerouters_base_layers.auction import auction, auction_anywhere
+from moerouters_base_layers.auction_cpu import auction_cpu
+from moerouters_base_layers.bidding import EPSILON
 from moerouters_base_layers.largest import largest_per_expert
 
 
@@ -39,9 +41,30 @@ def test_rounds_equal_the_loops(
     epsilon = float(values_UE.max() - values_UE.min()) * EPSILON
     # The loops go on where nothing is missing any more, and change nothing: on a GPU that is what happens.
     held, expected = auction_loops(values, demand, capacity, prices, rounds=rounds, epsilon=epsilon)
-    assert [{e for e, x in enumerate(row) if x} for row in held_UE.tolist()] == held
-    if any(demand):
-        assert after_E.tolist() == expected
+    everywhere = auction_anywhere(
+        values_UE, torch.tensor(demand), torch.tensor(capacity), price_E, top_k=top_k, rounds=rounds
+    )
+    for found_UE, found_E in ((held_UE, after_E), everywhere):
+        assert [{e for e, x in enumerate(row) if x} for row in found_UE.tolist()] == held
+        if any(demand):
+            assert found_E.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_bid_as_in_rounds_of_all(kind: str, dtype: torch.dtype) -> None:
+    """More rows than the loops are for: through every way of choosing the best and the highest, to the bit."""
+    T, E, top_k = 700, 16, 4
+    values_TE = scores_of(kind, T, E, torch.Generator().manual_seed(1)).to(dtype)
+    values_UE = torch.cat([values_TE - values_TE.amax(dim=1, keepdim=True), values_TE.new_zeros(1, E)])
+    demand_U = torch.tensor([top_k] * (T - 3) + [0] * 3 + [12])
+    capacity = torch.tensor(int(demand_U.sum()) // E)
+    assert int(demand_U.sum()) % E == 0
+    for rounds in (1, 7):
+        given = values_UE, demand_U, capacity, values_UE.new_zeros(E)
+        few, all_ = (run(*given, top_k=top_k, rounds=rounds) for run in (auction_cpu, auction_anywhere))
+        assert torch.equal(few[0], all_[0]) and torch.equal(few[1], all_[1])
+        assert few[1].dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "logits", "two blocks", "whole numbers", "huge"])

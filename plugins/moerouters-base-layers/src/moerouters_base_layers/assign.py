@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moerouters.kernels.dual import dual_update
 from moerouters_base_layers.auction import auction
+from moerouters_base_layers.bidding import best_of
 from moerouters_base_layers.placing import place
 
 DUAL_ITERATIONS = 8
@@ -59,23 +60,19 @@ def _assign(scores_TE: Tensor, valid_T: Tensor, top_k: int, rounds: int) -> Tens
     values_UE = torch.cat([values_TE, values_TE.new_zeros(1, E)])
     demand_U = torch.cat([valid_T * top_k, (capacity * E - pairs).reshape(1)])
     held_UE, price_E = auction(values_UE, demand_U, capacity, price_E, top_k=top_k, rounds=rounds)
+    if held_UE.device.type == "cpu" and torch.equal(held_UE.sum(dim=1), demand_U):
+        return held_UE[:T].contiguous()
 
     # Dear experts first: the last ones take what is left, and those have room for anybody.
     order_E = price_E.argsort(descending=True, stable=True)
-    margin_UE = _margins(values_UE - price_E, demand_U)
-    span = 1 + margin_UE.amax() - margin_UE.amin()
-    keys_UE = torch.where(held_UE, margin_UE + span, margin_UE).index_select(1, order_E)
-    chosen_UE = place(keys_UE, demand_U, capacity)
+    # By how much an expert is worth more to a row than the middle between the last it would take and the next.
+    worth_UE = values_UE - price_E
+    _, last_U1, next_U1 = best_of(worth_UE, demand_U, top_k=top_k, tokens=T)
+    margin_UE = worth_UE - (last_U1 + next_U1) / 2
+    chosen_UE = place(margin_UE.index_select(1, order_E), held_UE.index_select(1, order_E), demand_U, capacity)
     return chosen_UE.index_select(1, order_E.argsort())[:T].contiguous()
 
 
 @_assign.register_fake
 def _(scores_TE: Tensor, valid_T: Tensor, top_k: int, rounds: int) -> Tensor:
     return torch.empty_like(scores_TE, dtype=torch.bool, memory_format=torch.contiguous_format)
-
-
-def _margins(worth_UE: Tensor, demand_U: Tensor) -> Tensor:
-    """By how much an expert is worth more to a row than the middle between the last it would take and the next."""
-    falling_UE = worth_UE.sort(dim=1, descending=True).values
-    last_U1 = (demand_U.unsqueeze(1) - 1).clamp_min(0)
-    return worth_UE - (falling_UE.gather(1, last_U1) + falling_UE.gather(1, last_U1 + 1)) / 2

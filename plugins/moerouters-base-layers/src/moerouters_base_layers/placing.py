@@ -1,13 +1,13 @@
-"""Filling experts one after the other: whatever the keys are, demands and capacities are met, in E steps.
+"""Filling experts one after the other: whatever the margins are, demands and capacities are met, in E steps.
 
 There are rows with demands d_t and E experts with C places each, and sum(d) = E * C, d <= E. With J experts left, the
-next one takes all rows with d_t = J, which need every expert that is left, then those with the highest keys. This never
-gets stuck: if sum(d) = J * C and d <= J, then
+next one takes all rows with d_t = J, which need every expert that is left, then those that hold it, then those with the
+largest margins. This never gets stuck: if sum(d) = J * C and d <= J, then
 
     rows with d = J:   J * their number <= sum(d) = J * C,  so at most C, and all of them find a place
     rows with d > 0:   J * their number >= sum(d) = J * C,  so at least C, and every place is taken
 
-and both conditions hold again with J - 1 experts left.
+and both conditions hold again with J - 1 experts left. Where every row holds what it wants, it keeps that.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from torch import Tensor
 from moerouters_base_layers.largest import LOWEST, largest_per_expert
 
 
-def place(keys_UE: Tensor, demand_U: Tensor, capacity: Tensor) -> Tensor:
-    """bool [U, E] with demand_U (int64) true in each row and `capacity` (int64 0-d) in each column; high keys rather.
+def place(margin_UE: Tensor, held_UE: Tensor, demand_U: Tensor, capacity: Tensor) -> Tensor:
+    """bool [U, E] with demand_U (int64) true in each row and `capacity` (int64 0-d) in each column.
 
-    The sum of demand_U is E * capacity, and no demand exceeds E. Columns are filled from the left; keys are finite.
+    held_UE: bool, at most `capacity` in a column. The sum of demand_U is E * capacity, and no demand exceeds E. Columns
+    are filled from the left; margins are finite.
     """
-    E = keys_UE.shape[1]
-    columns = []
-    for left, key_U in zip(range(E, 0, -1), keys_UE.unbind(dim=1), strict=True):
-        key_U = torch.where(demand_U == left, float("inf"), key_U)
-        key_U = torch.where(demand_U > 0, key_U, LOWEST)
-        taken_U1, _ = largest_per_expert(key_U.unsqueeze(1), capacity)
-        demand_U = demand_U - taken_U1.squeeze(1).long()
-        columns.append(taken_U1)
-    return torch.cat(columns, dim=1)
+    span = 1 + margin_UE.amax() - margin_UE.amin()
+    columns = zip(margin_UE.t().contiguous(), held_UE.t().contiguous(), strict=True)
+    taken = []
+    for e, (margin_U, held_U) in enumerate(columns):
+        open_U, must_U = demand_U > 0, demand_U == len(margin_UE.t()) - e
+        column_U = held_U & open_U
+        if not _settled(column_U, must_U, capacity):
+            key_U = torch.where(held_U, margin_U + span, margin_U)
+            key_U = torch.where(must_U, float("inf"), torch.where(open_U, key_U, LOWEST))
+            column_U = largest_per_expert(key_U.unsqueeze(1), capacity)[0].squeeze(1)
+        demand_U = demand_U - column_U.long()
+        taken.append(column_U)
+    return torch.stack(taken, dim=1)
+
+
+def _settled(held_U: Tensor, must_U: Tensor, capacity: Tensor) -> bool:
+    """Whether those that hold an expert fill it, and nobody has to be let in; not asked where asking means waiting."""
+    return held_U.device.type == "cpu" and bool(held_U.sum() == capacity) and not bool((must_U & ~held_U).any())
