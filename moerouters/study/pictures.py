@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from moerouters.study.results import PARTS, ModelResult, StudyResults
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DENSE, _MOE = "#000000", COLOURS[0]
+_DENSE, _MOE = "#000000", [colour for colour in COLOURS if colour != "#000000"]
+_DENSE_MARKS, _MOE_MARKS = "sDPX", "o^v<>"
 _SHADES = (
     "#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#0072B2", "#0072B2", "#7FC8A9", "#D55E00", "#999999", "#DDDDDD",
     "#FFFFFF",
@@ -47,23 +49,24 @@ def draw_frontier(results: StudyResults) -> Figure | None:
     known = [(model, model.step.ms, value) for model, value in points if value is not None and model.step is not None]
     if not known:
         return None
-    figure, axes = _figure(8.5, 4.8)
-    for index, (model, ms, perplexity) in enumerate(known):
+    figure, axes = _figure(9.5, 4.8)
+    counts = Counter[bool]()
+    for model, ms, perplexity in known:
         dense = model.router is None
-        colour = _DENSE if dense else _MOE
+        colour, mark = _look(counts[dense], dense=dense)
+        counts[dense] += 1
         axes.errorbar(
             ms.value,
             perplexity.value,
             xerr=[[ms.value - ms.low], [ms.high - ms.value]],
             yerr=[[perplexity.value - perplexity.low], [perplexity.high - perplexity.value]],
-            fmt="s" if dense else "o",
+            fmt=mark,
+            label=model.name,
             color=colour,
             markerfacecolor=colour if dense or _holds(results, model) else "white",
             capsize=3,
         )
-        beside = (6, 6 if index % 2 else -13)  # matched models stand one above the other
-        at = (ms.value, perplexity.value)
-        axes.annotate(model.name, at, xytext=beside, textcoords="offset points", color=colour, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")  # names beside points would overlap
     dense_points = sorted((ms.value, value.value) for model, ms, value in known if model.router is None)
     axes.plot(*zip(*dense_points, strict=True), color=_DENSE, linewidth=0.8, linestyle="--")
     axes.set(xlabel="training step, ms", ylabel="perplexity per byte, held out")
@@ -71,6 +74,13 @@ def draw_frontier(results: StudyResults) -> Figure | None:
     axes.set_title(told, fontsize=9)
     axes.margins(0.15)
     return figure
+
+
+def _look(index: int, *, dense: bool) -> tuple[str, str]:
+    """(colour, mark) of one model among the dense ones, or among the others."""
+    if dense:
+        return _DENSE, _DENSE_MARKS[index % len(_DENSE_MARKS)]
+    return _MOE[index % len(_MOE)], _MOE_MARKS[index // len(_MOE) % len(_MOE_MARKS)]
 
 
 def _holds(results: StudyResults, model: ModelResult) -> bool:

@@ -114,13 +114,13 @@ def _over_peer(ratio: Callable[[Inference], Ratio | None]) -> Callable[[Inferenc
 COLUMNS = (
     Column("model", lambda _, model: model.name, "dense, or the MoE model's row name"),
     Column("shape", _shape, "width D, layers L, width F of the MLP or of an expert (+ shared), E experts, K per token"),
+    Column("perplexity", _perplexity, "per byte of held-out text, in eval mode; geometric mean of seeds, 95% interval"),
+    Column("over dense", _gain, "its perplexity over the dense partner's, in pairs of seeds, 95% interval"),
     Column("active", _parameters, "parameters that a token meets in training, of all"),
     Column("tokens", lambda _, model: short(model.tokens), "bytes that it was trained on"),
     Column("step ms", _step, "whole training step, median of rounds in which all models take turns, after training"),
     Column("matched", _matched, "step time over the dense partner's when the size was searched, 95% interval"),
     Column("again", _again, "the same after training, all models in turn"),
-    Column("perplexity", _perplexity, "per byte of held-out text, in eval mode; geometric mean of seeds, 95% interval"),
-    Column("over dense", _gain, "its perplexity over the dense partner's, in pairs of seeds, 95% interval"),
 )
 
 DETAILS = (
