@@ -34,33 +34,33 @@ def test_demands_and_capacities_are_met_as_by_the_loops(
     problem: tuple[list[list[float]], list[list[bool]], list[int], int],
 ) -> None:
     margins, held, demand, capacity = problem
-    given_UE = torch.tensor(margins, dtype=torch.float64), torch.tensor(held)
-    chosen_UE = place(*given_UE, torch.tensor(demand), torch.tensor(capacity))
+    given_EU = torch.tensor(margins, dtype=torch.float64).t(), torch.tensor(held).t()
+    chosen_UE = place(*given_EU, torch.tensor(demand), torch.tensor(capacity)).t()
     assert chosen_UE.sum(dim=1).tolist() == demand
     assert chosen_UE.sum(dim=0).tolist() == [capacity] * len(margins[0])
     assert chosen_UE.tolist() == place_loops(margins, held, demand, capacity)
     with pytest.MonkeyPatch.context() as patch:  # as where nobody asks: a GPU
         patch.setattr(placing, "_settled", lambda *_: False)
-        assert torch.equal(place(*given_UE, torch.tensor(demand), torch.tensor(capacity)), chosen_UE)
+        assert torch.equal(place(*given_EU, torch.tensor(demand), torch.tensor(capacity)).t(), chosen_UE)
 
 
 @settings(deadline=None, max_examples=20)
 @given(problem=problems())
 def test_what_is_complete_stays(problem: tuple[list[list[float]], list[list[bool]], list[int], int]) -> None:
     margins, _, demand, capacity = problem
-    margin_UE = torch.tensor(margins, dtype=torch.float64)
-    nothing_UE = torch.zeros_like(margin_UE, dtype=torch.bool)
-    complete_UE = place(margin_UE, nothing_UE, torch.tensor(demand), torch.tensor(capacity))
-    again_UE = place(-margin_UE, complete_UE, torch.tensor(demand), torch.tensor(capacity))
-    assert torch.equal(again_UE, complete_UE)
+    margin_EU = torch.tensor(margins, dtype=torch.float64).t()
+    nothing_EU = torch.zeros_like(margin_EU, dtype=torch.bool)
+    complete_EU = place(margin_EU, nothing_EU, torch.tensor(demand), torch.tensor(capacity))
+    again_EU = place(-margin_EU, complete_EU, torch.tensor(demand), torch.tensor(capacity))
+    assert torch.equal(again_EU, complete_EU)
 
 
 def test_rows_that_need_all_that_is_left_go_first() -> None:
     """By margin alone the last row would lose at both experts; by what is held, too."""
-    margin_UE = torch.tensor([[9.0, 9.0], [8.0, 8.0], [0.0, 0.0]])
+    margin_EU = torch.tensor([[9.0, 8.0, 0.0], [9.0, 8.0, 0.0]])
     demand_U, capacity = torch.tensor([1, 1, 2]), torch.tensor(2)
-    chosen_UE = place(margin_UE, torch.zeros(3, 2, dtype=torch.bool), demand_U, capacity)
-    assert chosen_UE.tolist() == [[True, False], [False, True], [True, True]]
-    held_UE = torch.tensor([[True, False], [True, False], [False, True]])
-    chosen_UE = place(margin_UE, held_UE, demand_U, capacity)
-    assert chosen_UE.tolist() == [[True, False], [False, True], [True, True]]
+    chosen_EU = place(margin_EU, torch.zeros(2, 3, dtype=torch.bool), demand_U, capacity)
+    assert chosen_EU.tolist() == [[True, False, True], [False, True, True]]
+    held_EU = torch.tensor([[True, True, False], [False, False, True]])
+    chosen_EU = place(margin_EU, held_EU, demand_U, capacity)
+    assert chosen_EU.tolist() == [[True, False, True], [False, True, True]]

@@ -69,8 +69,9 @@ def _assign(scores_TE: Tensor, valid_T: Tensor, top_k: int, rounds: int) -> Tens
     worth_UE = values_UE - price_E
     _, last_U1, next_U1 = best_of(worth_UE, demand_U, top_k=top_k, tokens=T)
     margin_UE = worth_UE - (last_U1 + next_U1) / 2
-    chosen_UE = place(margin_UE.index_select(1, order_E), held_UE.index_select(1, order_E), demand_U, capacity)
-    return chosen_UE.index_select(1, order_E.argsort())[:T].contiguous()
+    margin_EU, held_EU = margin_UE.t().index_select(0, order_E), held_UE.t().index_select(0, order_E)
+    chosen_EU = place(margin_EU, held_EU, demand_U, capacity).index_select(0, order_E.argsort())
+    return chosen_EU[:, :T].t().contiguous()
 
 
 @_assign.register_fake

@@ -27,7 +27,12 @@ def auction_cpu(
     epsilon, room = epsilon_of(values_UE), int(capacity)
     held_UE = torch.zeros(U, E, dtype=torch.bool)
     missing_U, price_E = demand_U.clone(), price_E.clone()
-    book = [(np.empty(0, np.int64), np.empty(0, values_UE.numpy().dtype))] * E  # rows that each expert has, their bids
+    held, missing, price = (
+        held_UE.numpy(),
+        missing_U.numpy(),
+        price_E.numpy(),
+    )  # the same memory: small calls are faster
+    book = [(np.empty(0, np.int64), np.empty(0, price.dtype))] * E  # rows that each expert has, and their bids
     for _ in range(rounds):
         rows_u = missing_U.nonzero().squeeze(1)
         if not len(rows_u):
@@ -36,20 +41,18 @@ def auction_cpu(
             values_UE[rows_u], held_UE[rows_u], missing_U[rows_u], price_E, epsilon,
             top_k=top_k, tokens=int((rows_u < U - 1).sum()),
         )  # fmt: skip
-        held_UE[rows_u] |= wanted_uE
-        missing_U[rows_u] = 0
-        wanted_Eu = wanted_uE.t().contiguous()
-        for e in wanted_Eu.any(dim=1).nonzero().squeeze(1).tolist():
-            bidders_n = wanted_Eu[e].nonzero().squeeze(1)
-            rows_n = np.concatenate([book[e][0], rows_u[bidders_n].numpy()])
-            bids_n = np.concatenate([book[e][1], offers_uE[bidders_n, e].numpy()])
+        rows, wanted_eu, offers = rows_u.numpy(), wanted_uE.t().contiguous().numpy(), offers_uE.numpy()
+        missing[rows] = 0
+        for e in np.flatnonzero(wanted_eu.any(axis=1)).tolist():
+            bidders_n = np.flatnonzero(wanted_eu[e])
+            rows_n = np.concatenate([book[e][0], rows[bidders_n]])
+            bids_n = np.concatenate([book[e][1], offers[bidders_n, e]])
             kept_n = _highest(bids_n, rows_n, room)
-            dropped_n = torch.from_numpy(rows_n[~kept_n])
-            held_UE[dropped_n, e] = False
-            missing_U[dropped_n] += 1
-            book[e] = rows_n[kept_n], bids_n[kept_n]
-            if len(book[e][0]) == room:
-                price_E[e] = float(book[e][1].min())
+            held[rows_n, e] = kept_n
+            missing[rows_n[~kept_n]] += 1
+            book[e] = rows_n, bids_n = rows_n[kept_n], bids_n[kept_n]
+            if len(rows_n) == room:
+                price[e] = bids_n.min()
     return held_UE, price_E
 
 

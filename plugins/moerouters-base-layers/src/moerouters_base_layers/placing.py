@@ -18,25 +18,24 @@ from torch import Tensor
 from moerouters_base_layers.largest import LOWEST, largest_per_expert
 
 
-def place(margin_UE: Tensor, held_UE: Tensor, demand_U: Tensor, capacity: Tensor) -> Tensor:
-    """bool [U, E] with demand_U (int64) true in each row and `capacity` (int64 0-d) in each column.
+def place(margin_EU: Tensor, held_EU: Tensor, demand_U: Tensor, capacity: Tensor) -> Tensor:
+    """bool [E, U]: for each row u demand_U (int64) experts, for each expert `capacity` (int64 0-d) rows.
 
-    held_UE: bool, at most `capacity` in a column. The sum of demand_U is E * capacity, and no demand exceeds E. Columns
-    are filled from the left; margins are finite.
+    held_EU: bool, at most `capacity` rows of an expert. The sum of demand_U is E * capacity, and no demand exceeds E.
+    Experts are filled in the order in which they are given; margins are finite.
     """
-    span = 1 + margin_UE.amax() - margin_UE.amin()
-    columns = zip(margin_UE.t().contiguous(), held_UE.t().contiguous(), strict=True)
+    span = 1 + margin_EU.amax() - margin_EU.amin()
     taken = []
-    for e, (margin_U, held_U) in enumerate(columns):
-        open_U, must_U = demand_U > 0, demand_U == len(margin_UE.t()) - e
-        column_U = held_U & open_U
-        if not _settled(column_U, must_U, capacity):
+    for left, margin_U, held_U in zip(range(len(held_EU), 0, -1), margin_EU, held_EU, strict=True):
+        open_U, must_U = demand_U > 0, demand_U == left
+        taken_U = held_U & open_U
+        if not _settled(taken_U, must_U, capacity):
             key_U = torch.where(held_U, margin_U + span, margin_U)
             key_U = torch.where(must_U, float("inf"), torch.where(open_U, key_U, LOWEST))
-            column_U = largest_per_expert(key_U.unsqueeze(1), capacity)[0].squeeze(1)
-        demand_U = demand_U - column_U.long()
-        taken.append(column_U)
-    return torch.stack(taken, dim=1)
+            taken_U = largest_per_expert(key_U.unsqueeze(1), capacity)[0].squeeze(1)
+        demand_U = demand_U - taken_U.long()
+        taken.append(taken_U)
+    return torch.stack(taken)
 
 
 def _settled(held_U: Tensor, must_U: Tensor, capacity: Tensor) -> bool:
