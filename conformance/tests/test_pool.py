@@ -33,6 +33,15 @@ def dies_on_1(rank: int) -> None:
     dist.barrier()
 
 
+def dies_on_1_after_others_raised(rank: int) -> None:
+    if rank == 1:
+        time.sleep(0.3)
+        os._exit(5)
+    if rank == 2:
+        raise RuntimeError("connection lost")
+    dist.barrier()
+
+
 def hangs(rank: int) -> None:
     if rank == 0:
         time.sleep(60)
@@ -51,6 +60,11 @@ def test_a_rank_that_raises_is_named_though_the_others_wait() -> None:
 def test_a_rank_that_dies_is_named() -> None:
     with pytest.raises(Violation, match="rank 1 died with exit code 5"):
         rank_pool().run(dies_on_1)
+
+
+def test_a_rank_that_dies_is_named_though_others_were_told_first() -> None:
+    with pytest.raises(Violation, match="rank 1 died with exit code 5"):
+        rank_pool().run(dies_on_1_after_others_raised)
 
 
 def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import atexit
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,6 +24,8 @@ TIMEOUT_S = 60.0
 """For one job on all ranks; they take well under a second, so whatever needs longer hangs."""
 START_S = 180.0
 """More for the first job, which waits for the processes to start: without a fork server 10 s on two idle cores."""
+ECHO_S = 1.0
+"""After one rank has raised: when a rank dies, others may be told of the lost connection before this process is."""
 
 
 class RankPool:
@@ -48,22 +51,25 @@ class RankPool:
             pipe.send((job, args))
         answers: dict[int, Any] = {}
         limit_s = TIMEOUT_S if self._started else TIMEOUT_S + START_S
-        deadline = time.monotonic() + limit_s
+        deadline, raised = time.monotonic() + limit_s, ""
         while len(answers) < WORLD_SIZE:
             waiting = [rank for rank in range(WORLD_SIZE) if rank not in answers]
             heard = wait([self._pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
             ready = [rank for rank in waiting if self._pipes[rank] in heard]
             if not ready:
-                self._fail(f"ranks {waiting} did not come back within {limit_s:.0f} s: they hang")
+                # Those that are left may wait in a collective for ever for the one that raised.
+                self._fail(raised or f"ranks {waiting} did not come back within {limit_s:.0f} s: they hang")
             for rank in ready:
                 try:
                     ok, answers[rank] = self._pipes[rank].recv()
                 except (EOFError, ConnectionResetError):
-                    self._processes[rank].join(1.0)
+                    self._processes[rank].join(10.0)
                     self._fail(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
-                if not ok:
-                    # The others may wait for it in a collective for ever.
-                    self._fail(f"rank {rank} raised {answers[rank]}")
+                if not ok and not raised:
+                    raised = f"rank {rank} raised {answers[rank]}"
+                    deadline = min(deadline, time.monotonic() + ECHO_S)
+        if raised:
+            self._fail(raised)
         self._started = True
         return [answers[rank] for rank in range(WORLD_SIZE)]
 
@@ -130,4 +136,5 @@ def _serve(rank: int, folder: str, pipe: Connection) -> None:
             answer = (True, job(rank, *args))
         except Exception as error:
             answer = (False, blame(error))
-        pipe.send(answer)
+        with suppress(BrokenPipeError):  # it came too late, and the pool is closed
+            pipe.send(answer)
