@@ -141,8 +141,9 @@ def _shown(found: Sequence[Verdict]) -> Sequence[tuple[str, str]]:
     values = [each.value for each in found if each.reached == "yes"]
     if len(values) <= _MOST_ONE_BY_ONE:
         return shown
-    rest = f"{len(values)} more: {min(values):.3f} to {max(values):.3f}"
-    return [*(each for each in shown if each[1] != "yes"), (rest, "yes")]
+    others = [each for each in shown if each[1] != "yes"]
+    rest = f"{len(values)} {'more' if others else 'in all'}: {min(values):.3f} to {max(values):.3f}"
+    return [*others, (rest, "yes")]
 
 
 def _told(verdict: Verdict) -> str:

@@ -144,10 +144,11 @@ def test_many_that_reach_a_goal_share_a_line(tmp_path: Path) -> None:
         (found,) = [line for line in text.splitlines() if target.text in line]
         return found
 
-    few, many = line("abx"), line("abcdefghx")
+    few, many, all_ = line("abx"), line("abcdefghx"), line("abcdefgh")
     assert few.count("allocator default") == 3 and few.endswith("| **no**<br>yes<br>yes |")
     assert many.count("allocator default") == 1
     assert many.endswith("8 more: 0.000 to 0.007 | **no**<br>yes |")
+    assert all_.endswith("| 8 in all: 0.000 to 0.007 | yes |")
 
 
 def test_no_cell_is_cut() -> None:
