@@ -27,11 +27,11 @@ class Routes:
     """int64, the row that a pair is."""
 
     def token_ids_R(self, rows: int) -> Tensor:
-        """Of the first so many rows."""
+        """int64, of the first so many rows."""
         return self.order_N[:rows] // max(self.weights_TK.shape[1], 1)
 
     def weights_R1(self, rows: int) -> Tensor:
-        """The same."""
+        """The combine weights of the first so many rows."""
         return self.weights_TK.reshape(-1).index_select(0, self.order_N[:rows]).unsqueeze(1)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor | None) -> Tensor:

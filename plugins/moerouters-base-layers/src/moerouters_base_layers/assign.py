@@ -61,7 +61,7 @@ def _assign(scores_TE: Tensor, valid_T: Tensor, top_k: int, rounds: int) -> Tens
     demand_U = torch.cat([valid_T * top_k, (capacity * E - pairs).reshape(1)])
     held_UE, price_E = auction(values_UE, demand_U, capacity, price_E, top_k=top_k, rounds=rounds)
     if held_UE.device.type == "cpu" and torch.equal(held_UE.sum(dim=1), demand_U):
-        return held_UE[:T].contiguous()
+        return held_UE[:T].contiguous()  # what `place` would come to
 
     # Dear experts first: the last ones take what is left, and those have room for anybody.
     order_E = price_E.argsort(descending=True, stable=True)

@@ -1,8 +1,8 @@
 """The auction on a CPU, where to ask who is concerned costs nothing.
 
 A round is of the rows that miss an expert and of the experts that they bid for. From the dual's prices these are few
-after the first: of 32768 pairs it leaves 5 open (T = 4096, E = 64, K = 8, random logits), and 16 rounds of all rows
-take 25 times as long.
+after the first: of 32768 pairs it left 4, 5 and 8 open in three problems (T = 4096, E = 64, K = 8). Sixteen rounds take
+14 ms, and 246 with all rows and all experts in each (one core of a Xeon).
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ def auction_cpu(
     epsilon, room = epsilon_of(values_UE), int(capacity)
     held_UE = torch.zeros(U, E, dtype=torch.bool)
     missing_U, price_E = demand_U.clone(), price_E.clone()
-    held, missing, price = (
-        held_UE.numpy(),
-        missing_U.numpy(),
-        price_E.numpy(),
-    )  # the same memory: small calls are faster
+    # The same memory, for numpy, whose small calls are faster.
+    held, missing, price = held_UE.numpy(), missing_U.numpy(), price_E.numpy()
     book = [(np.empty(0, np.int64), np.empty(0, price.dtype))] * E  # rows that each expert has, and their bids
     for _ in range(rounds):
         rows_u = missing_U.nonzero().squeeze(1)
